@@ -1,0 +1,168 @@
+"""From a folder of volumes to subjects, splits and training patches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.data import CacheDataset
+from torch.utils.data import Dataset, DistributedSampler
+
+__all__ = ["EpochSampler", "PatchDataset", "VolumeDataset", "find_volumes", "split_subjects"]
+
+VOLUME_PATTERNS = ("*.nii", "*.nii.gz", "*.mha", "*.mhd", "*.nrrd", "*.nhdr", "*.img", "*.img.gz")
+
+
+def find_volumes(path: str | Path, pattern: str | Sequence[str] | None = None) -> list[str]:
+    """Volumes at or below a path, sorted by name.
+
+    Args:
+        path: a file, a folder searched with all its subfolders, or a folder of DICOM slices.
+        pattern: file name patterns (``"*_t1ce.nii.gz"``); ``None`` takes every known format. A folder in which no file
+            matches counts as one volume where it holds DICOM slices.
+
+    Raises:
+        FileNotFoundError: when the path does not exist or holds no volume.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_file():
+        return [str(path)]
+    patterns = VOLUME_PATTERNS if pattern is None else [pattern] if isinstance(pattern, str) else pattern
+    files = {str(f) for p in patterns for f in path.rglob(p) if f.is_file()}
+    if pattern is None:
+        files |= {str(f.parent) for f in path.rglob("*") if f.is_file() and _is_dicom(f)}
+    if not files:
+        raise FileNotFoundError(f"{path}: holds no volume ({', '.join(patterns)}{', DICOM' if pattern is None else ''})")
+    return sorted(files)
+
+
+def _is_dicom(file: Path) -> bool:
+    if file.suffix.lower() not in ("", ".dcm", ".ima"):
+        return False
+    with file.open("rb") as stream:
+        stream.seek(128)
+        return stream.read(4) == b"DICM"
+
+
+def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str) -> list[dict[str, str]]:
+    """The subjects (one volume each) of one part of the data, in the order given.
+
+    Args:
+        volumes: file names.
+        split: training, validation and test subjects: numbers of subjects, or fractions that add up to 1.
+        part: ``"train"``, ``"validation"`` or ``"test"``.
+
+    Returns:
+        ``[{"image": volume}, ...]``
+
+    Raises:
+        ValueError: when there are fewer volumes than the split needs, or a part would be empty.
+    """
+    parts = ("train", "validation", "test")
+    if part not in parts or len(split) != 3 or min(split) < 0:
+        raise ValueError(f"one of {parts} and three numbers expected, got {part!r} and {split}")
+    counts = [int(n) for n in split]
+    if math.isclose(sum(split), 1):
+        validation, test = (max(1, round(len(volumes) * fraction)) for fraction in split[1:])
+        counts = [len(volumes) - validation - test, validation, test]
+    if min(counts) < 1 or sum(counts) > len(volumes):
+        raise ValueError(f"split {list(split)} needs {max(sum(counts), 3)} volumes or more, found {len(volumes)}")
+    start = sum(counts[: parts.index(part)])
+    return [{"image": str(v)} for v in volumes[start : start + counts[parts.index(part)]]]
+
+
+class VolumeDataset(CacheDataset):
+    """``monai.data.CacheDataset`` whose errors are one line that names the volume."""
+
+    def _load_cache_item(self, idx: int):
+        try:
+            return super()._load_cache_item(idx)
+        except RuntimeError as e:
+            raise _root_cause(e) from None
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The error that MONAI's transforms wrapped as "applying transform ..."."""
+    while error.__cause__ is not None and "applying transform" in str(error):
+        error = error.__cause__
+    return error
+
+
+class PatchDataset(Dataset):
+    """Random patches of axial slices, each a pure function of (seed, index): any run, resumed or split among processes, sees
+    the same ones.
+
+    Args:
+        volumes: items with ``"image"`` and ``"label"``, each (1, X, Y, Z).
+        size: side of the square patches, in pixels; the paper's 31 by default.
+        patches_per_volume: patches that each volume gives per epoch.
+        min_foreground: fraction of the target's pixels that must exceed ``threshold``; ten places are tried for it.
+        threshold: intensity above which a pixel is foreground.
+        augment: whether to flip and rotate by multiples of 90 degrees.
+        seed: of the patches.
+
+    Raises:
+        ValueError: when a volume is smaller than a patch.
+    """
+
+    def __init__(
+        self,
+        volumes: Sequence[dict],
+        size: int = 31,
+        patches_per_volume: int = 900,
+        min_foreground: float = 0.25,
+        threshold: float = 0.05,
+        augment: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.pairs = []
+        for volume in volumes:
+            image, label = (torch.as_tensor(volume[key]) for key in ("image", "label"))
+            if min(image.shape[1:3]) < size:
+                raise ValueError(
+                    f"{label.meta.get('filename_or_obj', 'volume')}: slices of {image.shape[1]} x {image.shape[2]} pixels "
+                    f"are smaller than a patch of {size} x {size}"
+                )
+            # slices first: a patch is then a small window of contiguous rows
+            self.pairs.append(torch.stack([image[0], label[0]]).as_subclass(torch.Tensor).permute(3, 0, 1, 2).contiguous())
+        self.size, self.patches_per_volume, self.seed = size, patches_per_volume, seed
+        self.min_foreground, self.threshold, self.augment = min_foreground, threshold, augment
+
+    def __len__(self) -> int:
+        return len(self.pairs) * self.patches_per_volume
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """``{"image": (1, size, size), "label": (1, size, size)}``; any index from 0 upwards: epoch e begins at e x len."""
+        random = np.random.default_rng((self.seed, index))
+        pair = self.pairs[index % len(self.pairs)]
+        for _ in range(10):
+            z, x, y = (int(random.integers(n)) for n in (len(pair), pair.shape[2] - self.size + 1, pair.shape[3] - self.size + 1))
+            patch = pair[z, :, x : x + self.size, y : y + self.size]
+            if float((patch[1] > self.threshold).float().mean()) >= self.min_foreground:
+                break
+        if self.augment:
+            patch = torch.rot90(patch, int(random.integers(4)), (1, 2))
+            if random.integers(2):
+                patch = patch.flip(2)
+        return {"image": patch[:1].contiguous(), "label": patch[1:].contiguous()}
+
+
+class EpochSampler(DistributedSampler):
+    """Indices that go on from epoch to epoch, shared among the processes of a distributed run; MONAI's engines set the epoch.
+
+    Args:
+        dataset: a :class:`PatchDataset`.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        super().__init__(dataset, None if distributed else 1, None if distributed else 0, drop_last=True)
+
+    def __iter__(self):
+        start = self.epoch * len(self.dataset)  # type: ignore[arg-type]
+        return iter(range(start + self.rank, start + self.total_size, self.num_replicas))

@@ -1,0 +1,15 @@
+"""Networks: each maps (N, 1, H, W), a slice interpolated to the high-resolution grid, to the same shape."""
+
+from torch import device
+from torch.nn import Module
+
+from .fft_convolution import FFTConv2d, use_fft_convolutions
+from .multi_scale_residual import MultiScaleResidualNet
+
+__all__ = ["FFTConv2d", "MultiScaleResidualNet", "prepare", "use_fft_convolutions"]
+
+
+def prepare(network: Module, device: device, fft_convolutions: bool = False) -> Module:
+    """``network`` on ``device``, with its convolutions in the frequency domain if asked to (see :mod:`.fft_convolution`)."""
+    network = network.to(device)
+    return use_fft_convolutions(network) if fft_convolutions else network

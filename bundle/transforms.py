@@ -1,0 +1,232 @@
+"""Dictionary transforms of single-channel volumes (1, X, Y, Z) in RAS orientation: axial slices are the planes of the last axis."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import InvertibleTransform, LoadImage, MapTransform, SpatialCrop
+
+from .degradation import degrade, upsample
+
+__all__ = ["AxialSlicesd", "CropInPlaned", "Degraded", "LoadVolumed", "ScaleIntensityByPercentiled", "UpsampleInPlaned"]
+
+
+class LoadVolumed(MapTransform):
+    """Load a volume with :class:`monai.transforms.LoadImage` and refuse, by name, whatever is not one.
+
+    Args:
+        keys: file names (NIfTI, Analyze, MetaImage, NRRD) or DICOM folders.
+        reader: MONAI reader, by name; ``None`` chooses by the file's extension.
+
+    Raises:
+        ValueError: naming the file and the reason, for a file that cannot be read or holds no single-channel volume with
+            finite, varying intensities.
+    """
+
+    def __init__(self, keys: KeysCollection, reader: str | None = None) -> None:
+        super().__init__(keys)
+        self.loader = LoadImage(reader=reader, image_only=True, ensure_channel_first=True, dtype=np.float32)
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict:
+        d = dict(data)
+        for key in self.keys:
+            d[key] = self._load(d[key])
+        return d
+
+    def _load(self, path: object) -> MetaTensor:
+        try:
+            image = self.loader(path)
+        except FileNotFoundError:
+            raise
+        except Exception as e:  # a reader can fail in any way on a damaged file
+            reason = str(e.__cause__ or e).strip().splitlines() or [type(e).__name__]
+            raise ValueError(f"{path}: cannot be read as a volume ({reason[0]})") from e
+        sides = " x ".join(str(n) for n in image.shape[1:])
+        if image.ndim != 4 or image.shape[0] != 1 or min(image.shape[1:]) < 1 or image.shape[-1] * image.shape[-2] == 1:
+            raise ValueError(f"{path}: one grey-scale volume expected, got {image.shape[0]} channel(s) of {sides} voxels")
+        if not torch.isfinite(image).all():
+            raise ValueError(f"{path}: {int((~torch.isfinite(image)).sum())} voxels are not finite (NaN or infinite)")
+        if image.min() == image.max():
+            raise ValueError(f"{path}: every voxel has the value {float(image.min()):g}")
+        affine = image.affine[:3, :3]
+        if not torch.isfinite(image.affine).all() or float(torch.linalg.det(affine).abs()) < 1e-9:
+            raise ValueError(f"{path}: the affine is singular: {affine.tolist()}")
+        return image
+
+
+class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):
+    """Divide by a high percentile of the non-zero magnitudes, so that one outlier voxel does not set the scale.
+
+    Args:
+        keys: volumes (1, X, Y, Z).
+        percentile: in percent.
+        clip: whether to clip to [0, 1] (training and evaluation); clipping is not undone by the inverse.
+
+    Raises:
+        ValueError: for a percentile outside (0, 100].
+    """
+
+    def __init__(self, keys: KeysCollection, percentile: float = 99.9, clip: bool = False) -> None:
+        super().__init__(keys)
+        if not 0 < percentile <= 100:
+            raise ValueError(f"percentile must be in (0, 100], got {percentile}")
+        self.percentile, self.clip = percentile, clip
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d = dict(data)
+        for key in self.keys:
+            magnitudes = d[key].as_tensor().abs().numpy()
+            # torch.quantile refuses more than 16 million elements
+            scale = float(np.percentile(magnitudes[magnitudes > 0], self.percentile))
+            d[key] = d[key] / scale
+            if self.clip:
+                d[key] = d[key].clamp(0, 1)
+            self.push_transform(d, key, extra_info={"scale": scale})
+        return d
+
+    def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            scale = self.pop_transform(d, key)["extra_info"]["scale"]
+            d[key] = d[key] * scale
+        return d
+
+
+class AxialSlicesd(MapTransform):
+    """Keep a range of axial slices, counted from 1 at the lower (inferior) end, both ends included.
+
+    Args:
+        keys: volumes (1, X, Y, Z).
+        axial_slices: first and last slice; ``None`` keeps all.
+
+    Raises:
+        ValueError: when the range is not ascending from 1; when called on a volume with fewer slices.
+    """
+
+    def __init__(self, keys: KeysCollection, axial_slices: Sequence[int] | None = None) -> None:
+        super().__init__(keys)
+        if axial_slices is not None and (len(axial_slices) != 2 or not 1 <= axial_slices[0] <= axial_slices[1]):
+            raise ValueError(f"axial_slices must be [first, last] with 1 <= first <= last, got {axial_slices}")
+        self.axial_slices = axial_slices
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d = dict(data)
+        if self.axial_slices is None:
+            return d
+        first, last = self.axial_slices
+        for key in self.keys:
+            x, y, z = d[key].shape[1:]
+            if last > z:
+                raise ValueError(f"{name_of(d[key])}: axial slices {first} to {last} asked for, but the volume has {z}")
+            d[key] = _crop(d[key], (0, 0, first - 1), (x, y, last))
+        return d
+
+
+class CropInPlaned(MapTransform):
+    """Crop each axial slice to one size, with the window around the foreground of the whole volume.
+
+    The window is centred on the bounding box of the foreground (voxels above zero) and moved inside the volume, so
+    foreground is cut only where its bounding box is larger than the window.
+
+    Args:
+        keys: volumes (1, X, Y, Z).
+        size: window along X and Y, in voxels; ``None`` keeps the volume.
+
+    Raises:
+        ValueError: when called on a volume smaller than the window.
+    """
+
+    def __init__(self, keys: KeysCollection, size: Sequence[int] | None = None) -> None:
+        super().__init__(keys)
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise ValueError(f"size must be two positive numbers, got {size}")
+        self.size = size
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d = dict(data)
+        if self.size is None:
+            return d
+        for key in self.keys:
+            shape = d[key].shape[1:]
+            if any(window > side for window, side in zip(self.size, shape)):
+                raise ValueError(f"{name_of(d[key])}: slices of {shape[0]} x {shape[1]} voxels are smaller than the crop {self.size}")
+            foreground = (d[key].as_tensor()[0] > 0).any(-1)
+            start = [
+                _window_start(foreground.any(1 - axis), window, side)
+                for axis, (window, side) in enumerate(zip(self.size, shape))
+            ]
+            end = [a + window for a, window in zip(start, self.size)]
+            d[key] = _crop(d[key], (*start, 0), (*end, shape[2]))
+        return d
+
+
+class Degraded(MapTransform):
+    """Make the training pair: the volume becomes the target, its degraded self the network's input on the same grid.
+
+    Args:
+        keys: the high-resolution volume (1, X, Y, Z); replaced by the low-resolution one, interpolated to the same grid.
+        target_key: where the high-resolution volume goes.
+        factor, mode: see :func:`bundle.degradation.degrade`.
+    """
+
+    def __init__(self, keys: KeysCollection, target_key: str = "label", factor: int = 2, mode: str = "bicubic") -> None:
+        super().__init__(keys)
+        self.target_key, self.factor, self.mode = target_key, factor, mode
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d = dict(data)
+        for key in self.keys:
+            d[self.target_key] = d[key]
+            slices = d[key].as_tensor().movedim(-1, 0)
+            degraded = degrade(slices, self.factor, self.mode).movedim(0, -1).contiguous()
+            d[key] = MetaTensor(degraded, meta=d[key].meta)
+        return d
+
+
+class UpsampleInPlaned(MapTransform):
+    """Interpolate each axial slice to a grid refined by ``factor``; the affine follows, so nothing moves.
+
+    Not invertible on purpose: ``Invertd`` then restores orientation and intensity and leaves the refined grid.
+
+    Args:
+        keys: volumes (1, X, Y, Z); become (1, factor X, factor Y, Z).
+        factor: integer factor of both in-plane axes.
+    """
+
+    def __init__(self, keys: KeysCollection, factor: int = 2) -> None:
+        super().__init__(keys)
+        self.factor = factor
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d = dict(data)
+        for key in self.keys:
+            image = d[key]
+            refined = upsample(image.as_tensor().movedim(-1, 0), self.factor).movedim(0, -1).contiguous()
+            # the centre of refined voxel i lies at the given index (i + 0.5) / factor - 0.5
+            to_given = torch.diag(torch.tensor([1 / self.factor, 1 / self.factor, 1, 1], dtype=torch.float64))
+            to_given[:2, 3] = (1 / self.factor - 1) / 2
+            refined = MetaTensor(refined, meta=image.meta, applied_operations=image.applied_operations)
+            refined.affine = image.affine.to(torch.float64) @ to_given
+            # what follows must take the refined grid for the volume's own
+            refined.meta["spatial_shape"] = np.asarray(refined.shape[1:])
+            d[key] = refined
+        return d
+
+
+def name_of(image: MetaTensor) -> str:
+    """File that a volume was loaded from."""
+    return str(image.meta.get("filename_or_obj", "volume"))
+
+
+def _crop(image: MetaTensor, start: Sequence[int], end: Sequence[int]) -> MetaTensor:
+    return SpatialCrop(roi_start=start, roi_end=end)(image)  # type: ignore[return-value]
+
+
+def _window_start(occupied: torch.Tensor, window: int, side: int) -> int:
+    indices = occupied.nonzero().flatten()
+    first, last = (int(indices[0]), int(indices[-1])) if len(indices) else (0, side - 1)
+    return min(max((first + last + 1 - window) // 2, 0), side - window)

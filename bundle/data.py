@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from monai.data import CacheDataset
 from torch.utils.data import Dataset, DistributedSampler
 
-__all__ = ["EpochSampler", "PatchDataset", "VolumeDataset", "find_volumes", "split_subjects"]
+from .errors import InputError, reason
+from .transforms import name_of
+
+__all__ = ["EpochSampler", "InferenceDataset", "PatchDataset", "find_volumes", "split_subjects"]
 
 VOLUME_PATTERNS = ("*.nii", "*.nii.gz", "*.mha", "*.mhd", "*.nrrd", "*.nhdr", "*.img", "*.img.gz")
 
@@ -25,11 +27,11 @@ def find_volumes(path: str | Path, pattern: str | Sequence[str] | None = None) -
             matches counts as one volume where it holds DICOM slices.
 
     Raises:
-        FileNotFoundError: when the path does not exist or holds no volume.
+        InputError: when the path does not exist or holds no volume.
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+        raise InputError(f"{path}: no such file or folder")
     if path.is_file():
         return [str(path)]
     patterns = VOLUME_PATTERNS if pattern is None else [pattern] if isinstance(pattern, str) else pattern
@@ -37,7 +39,7 @@ def find_volumes(path: str | Path, pattern: str | Sequence[str] | None = None) -
     if pattern is None:
         files |= {str(f.parent) for f in path.rglob("*") if f.is_file() and _is_dicom(f)}
     if not files:
-        raise FileNotFoundError(f"{path}: holds no volume ({', '.join(patterns)}{', DICOM' if pattern is None else ''})")
+        raise InputError(f"{path}: holds no volume ({', '.join(patterns)}{', DICOM' if pattern is None else ''})")
     return sorted(files)
 
 
@@ -61,7 +63,7 @@ def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str) ->
         ``[{"image": volume}, ...]``
 
     Raises:
-        ValueError: when there are fewer volumes than the split needs, or a part would be empty.
+        InputError: when there are fewer volumes than the split needs, or a part would be empty.
     """
     parts = ("train", "validation", "test")
     if part not in parts or len(split) != 3 or min(split) < 0:
@@ -71,26 +73,31 @@ def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str) ->
         validation, test = (max(1, round(len(volumes) * fraction)) for fraction in split[1:])
         counts = [len(volumes) - validation - test, validation, test]
     if min(counts) < 1 or sum(counts) > len(volumes):
-        raise ValueError(f"split {list(split)} needs {max(sum(counts), 3)} volumes or more, found {len(volumes)}")
+        raise InputError(f"split {list(split)} needs {max(sum(counts), 3)} volumes or more, found {len(volumes)}")
     start = sum(counts[: parts.index(part)])
     return [{"image": str(v)} for v in volumes[start : start + counts[parts.index(part)]]]
 
 
-class VolumeDataset(CacheDataset):
-    """``monai.data.CacheDataset`` whose errors are one line that names the volume."""
+class InferenceDataset(Dataset):
+    """Volumes to be worked through one by one: an item that fails is given out as its error, so that the others are still done.
 
-    def _load_cache_item(self, idx: int):
+    Args:
+        data: items ``{"image": file name}``.
+        transform: preprocessing.
+    """
+
+    def __init__(self, data: Sequence[dict[str, str]], transform: Callable) -> None:
+        self.data, self.transform = data, transform
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict:
+        """The transformed item, or ``{"image": file name, "error": one line}``."""
         try:
-            return super()._load_cache_item(idx)
-        except RuntimeError as e:
-            raise _root_cause(e) from None
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """The error that MONAI's transforms wrapped as "applying transform ..."."""
-    while error.__cause__ is not None and "applying transform" in str(error):
-        error = error.__cause__
-    return error
+            return self.transform(self.data[index])
+        except Exception as e:  # a damaged file can fail anywhere in a reader
+            return {**self.data[index], "error": reason(e)}
 
 
 class PatchDataset(Dataset):
@@ -107,7 +114,7 @@ class PatchDataset(Dataset):
         seed: of the patches.
 
     Raises:
-        ValueError: when a volume is smaller than a patch.
+        InputError: when a volume is smaller than a patch.
     """
 
     def __init__(
@@ -124,8 +131,8 @@ class PatchDataset(Dataset):
         for volume in volumes:
             image, label = (torch.as_tensor(volume[key]) for key in ("image", "label"))
             if min(image.shape[1:3]) < size:
-                raise ValueError(
-                    f"{label.meta.get('filename_or_obj', 'volume')}: slices of {image.shape[1]} x {image.shape[2]} pixels "
+                raise InputError(
+                    f"{name_of(volume['label'])}: slices of {image.shape[1]} x {image.shape[2]} pixels "
                     f"are smaller than a patch of {size} x {size}"
                 )
             # slices first: a patch is then a small window of contiguous rows

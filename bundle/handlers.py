@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from torch.nn.parallel import DistributedDataParallel
+
+from .errors import InputError
+from .files import write_whole
 
 __all__ = ["Checkpoints"]
 
@@ -42,19 +44,18 @@ class Checkpoints:
         """Go on from ``last.pt`` if asked to.
 
         Raises:
-            ValueError: when ``last.pt`` is damaged or belongs to another network.
-            FileExistsError: when a new run would overwrite the checkpoint of an earlier one.
+            InputError: when ``last.pt`` is damaged or belongs to another network, or a new run would overwrite it.
         """
         if not self.last.exists():
             return
         if not self.resume:
-            raise FileExistsError(f"{self.last} is the checkpoint of an earlier run: go on from it with '--resume true', or choose another folder")
+            raise InputError(f"{self.last} is the checkpoint of an earlier run: go on from it with '--resume true', or choose another folder")
         try:
             state = torch.load(self.last, map_location="cpu", weights_only=True)
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
         except Exception as e:
-            raise ValueError(f"{self.last}: not a checkpoint of this training ({str(e).splitlines()[0]})") from e
+            raise InputError(f"{self.last}: not a checkpoint of this training ({str(e).splitlines()[0]})") from e
         trainer.state.iteration, trainer.state.epoch = state["iteration"], state["epoch"]
         torch.set_rng_state(state["random_state"])
         if getattr(trainer, "scaler", None) is not None and state["scaler"]:
@@ -70,7 +71,7 @@ class Checkpoints:
         scaler = getattr(trainer, "scaler", None)
         best = (self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch) if self.evaluator else (-1, -1)
         if best[1] in (trainer.state.epoch, -1):
-            _write(self.network.state_dict(), self.best)
+            write_whole(self.best, lambda part: torch.save(self.network.state_dict(), part))
         state = {
             **{name: part.state_dict() for name, part in self.parts.items()},
             "iteration": trainer.state.iteration,
@@ -79,15 +80,4 @@ class Checkpoints:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "best": best,
         }
-        _write(state, self.last)
-
-
-def _write(state: dict, path: Path) -> None:
-    """Write to a temporary name first: whoever reads ``path`` finds the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("wb") as stream:
-        torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
+        write_whole(self.last, lambda part: torch.save(state, part))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
@@ -11,8 +12,11 @@ from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, LoadImage, MapTransform, SpatialCrop
 
 from .degradation import degrade, upsample
+from .errors import InputError
+from .figures import Panel, save_panels
+from .files import result_path, write_whole
 
-__all__ = ["AxialSlicesd", "CropInPlaned", "Degraded", "LoadVolumed", "ScaleIntensityByPercentiled", "UpsampleInPlaned"]
+__all__ = ["AxialSlicesd", "CropInPlaned", "Degraded", "LoadVolumed", "SaveComparisond", "SaveVolumed", "ScaleIntensityByPercentiled", "UpsampleInPlaned"]
 
 
 class LoadVolumed(MapTransform):
@@ -23,7 +27,7 @@ class LoadVolumed(MapTransform):
         reader: MONAI reader, by name; ``None`` chooses by the file's extension.
 
     Raises:
-        ValueError: naming the file and the reason, for a file that cannot be read or holds no single-channel volume with
+        InputError: naming the file and the reason, for a file that cannot be read or holds no single-channel volume with
             finite, varying intensities.
     """
 
@@ -40,21 +44,20 @@ class LoadVolumed(MapTransform):
     def _load(self, path: object) -> MetaTensor:
         try:
             image = self.loader(path)
-        except FileNotFoundError:
-            raise
         except Exception as e:  # a reader can fail in any way on a damaged file
             reason = str(e.__cause__ or e).strip().splitlines() or [type(e).__name__]
-            raise ValueError(f"{path}: cannot be read as a volume ({reason[0]})") from e
+            raise InputError(f"{path}: cannot be read as a volume ({reason[0]})") from e
         sides = " x ".join(str(n) for n in image.shape[1:])
         if image.ndim != 4 or image.shape[0] != 1 or min(image.shape[1:]) < 1 or image.shape[-1] * image.shape[-2] == 1:
-            raise ValueError(f"{path}: one grey-scale volume expected, got {image.shape[0]} channel(s) of {sides} voxels")
+            raise InputError(f"{path}: one grey-scale volume expected, got {image.shape[0]} channel(s) of {sides} voxels")
         if not torch.isfinite(image).all():
-            raise ValueError(f"{path}: {int((~torch.isfinite(image)).sum())} voxels are not finite (NaN or infinite)")
+            raise InputError(f"{path}: {int((~torch.isfinite(image)).sum())} voxels are not finite (NaN or infinite)")
         if image.min() == image.max():
-            raise ValueError(f"{path}: every voxel has the value {float(image.min()):g}")
+            raise InputError(f"{path}: every voxel has the value {float(image.min()):g}")
         affine = image.affine[:3, :3]
         if not torch.isfinite(image.affine).all() or float(torch.linalg.det(affine).abs()) < 1e-9:
-            raise ValueError(f"{path}: the affine is singular: {affine.tolist()}")
+            raise InputError(f"{path}: the affine is singular: {affine.tolist()}")
+        image.meta["filename_or_obj"] = str(path)  # of a DICOM folder, readers keep one file or a list
         return image
 
 
@@ -121,7 +124,7 @@ class AxialSlicesd(MapTransform):
         for key in self.keys:
             x, y, z = d[key].shape[1:]
             if last > z:
-                raise ValueError(f"{name_of(d[key])}: axial slices {first} to {last} asked for, but the volume has {z}")
+                raise InputError(f"{name_of(d[key])}: axial slices {first} to {last} asked for, but the volume has {z}")
             d[key] = _crop(d[key], (0, 0, first - 1), (x, y, last))
         return d
 
@@ -153,7 +156,7 @@ class CropInPlaned(MapTransform):
         for key in self.keys:
             shape = d[key].shape[1:]
             if any(window > side for window, side in zip(self.size, shape)):
-                raise ValueError(f"{name_of(d[key])}: slices of {shape[0]} x {shape[1]} voxels are smaller than the crop {self.size}")
+                raise InputError(f"{name_of(d[key])}: slices of {shape[0]} x {shape[1]} voxels are smaller than the crop {self.size}")
             foreground = (d[key].as_tensor()[0] > 0).any(-1)
             start = [
                 _window_start(foreground.any(1 - axis), window, side)
@@ -215,6 +218,52 @@ class UpsampleInPlaned(MapTransform):
             refined.meta["spatial_shape"] = np.asarray(refined.shape[1:])
             d[key] = refined
         return d
+
+
+class SaveVolumed(MapTransform):
+    """Write a volume as ``<name>_sr.nii.gz``: float32, voxels and affine as they stand. The file appears only when complete.
+
+    Args:
+        keys: volumes (1, X, Y, Z); the name is that of the file they were loaded from.
+        output_dir: folder of the results.
+        root: the part of the volume's path that is not repeated below ``output_dir``.
+    """
+
+    def __init__(self, keys: KeysCollection, output_dir: str, root: str) -> None:
+        super().__init__(keys)
+        self.output_dir, self.root = output_dir, root
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> Mapping:
+        for key in self.keys:
+            image = data[key]
+            volume = nib.Nifti1Image(image.as_tensor()[0].float().cpu().numpy(), image.affine.cpu().numpy())
+            volume.set_qform(volume.affine, code="scanner")
+            volume.set_sform(volume.affine, code="scanner")
+            volume.header.set_xyzt_units("mm")
+            write_whole(result_path(name_of(image), self.output_dir, self.root, "_sr.nii.gz"), volume.to_filename)
+        return data
+
+
+class SaveComparisond(MapTransform):
+    """Write ``<name>_sr.png``: the middle axial slice of the interpolated input beside that of the result, and a part enlarged.
+
+    Args:
+        keys: the interpolated input and the result, each (1, X, Y, Z) in [0, 1] on one grid.
+        output_dir, root: as of :class:`SaveVolumed`.
+    """
+
+    def __init__(self, keys: KeysCollection, output_dir: str, root: str) -> None:
+        super().__init__(keys)
+        self.output_dir, self.root = output_dir, root
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> Mapping:
+        before, after = (data[key] for key in self.keys)
+        middle = before.shape[-1] // 2
+        panels = [Panel("input, interpolated", before.as_tensor()[0, ..., middle]), Panel("super-resolved", after.as_tensor()[0, ..., middle])]
+        spacing = before.pixdim
+        path = result_path(name_of(before), self.output_dir, self.root, "_sr.png")
+        save_panels(path, panels, aspect=float(spacing[1] / spacing[0]), zoom=0.25)
+        return data
 
 
 def name_of(image: MetaTensor) -> str:

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+
+from monai.engines import SupervisedEvaluator
+
+from .errors import InputError, reason
+from .files import write_whole
+
+__all__ = ["VolumeInference"]
+
+logger = logging.getLogger(__name__)
+
+
+class VolumeInference(SupervisedEvaluator):
+    """Evaluator that works through a folder of volumes, one per iteration: a volume that fails, at whatever stage, is reported and
+    the others are still done.
+
+    Args:
+        output_dir: where ``failed.csv`` (volume, reason) is written when a volume failed.
+        kwargs: of :class:`monai.engines.SupervisedEvaluator`.
+    """
+
+    def __init__(self, output_dir: str, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.output_dir = Path(output_dir)
+        self.failures: list[tuple[str, str]] = []
+
+    def run(self, global_epoch: int = 1) -> None:
+        """Work through all volumes.
+
+        Raises:
+            InputError: at the end, when volumes failed; says how many and why the first one did.
+        """
+        self.failures.clear()
+        super().run(global_epoch)
+        done = self.state.epoch_length - len(self.failures)
+        logger.info("%d of %d volumes done, results in %s", done, self.state.epoch_length, self.output_dir)
+        if self.failures:
+            path = self.output_dir / "failed.csv"
+            write_whole(path, self._write_failures)
+            raise InputError(f"{len(self.failures)} of {self.state.epoch_length} volumes failed, listed in {path}; {self.failures[0][1]}")
+
+    def _iteration(self, engine: SupervisedEvaluator, batchdata: dict) -> dict:
+        try:
+            if "error" in batchdata:
+                raise InputError(batchdata["error"][0])
+            return super()._iteration(engine, batchdata)
+        except Exception as e:
+            volume = _volume(batchdata)
+            why = reason(e)
+            self.failures.append((volume, why if volume in why else f"{volume}: {why}"))
+            logger.error("failed: %s", self.failures[-1][1])
+            return {}
+
+    def _write_failures(self, path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([("volume", "reason"), *self.failures])
+
+
+def _volume(batch: dict) -> str:
+    image = batch["image"]
+    return str(image[0] if isinstance(image, list) else image.meta["filename_or_obj"][0])

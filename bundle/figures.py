@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from .files import write_whole
+
+__all__ = ["Panel", "save_panels"]
+
+
+class Panel(NamedTuple):
+    """One picture of a figure: an axial slice (X, Y) in RAS orientation."""
+
+    title: str
+    image: Tensor
+    vmin: float = 0.0
+    vmax: float = 1.0
+    colours: str = "gray"
+
+
+def save_panels(path: Path, panels: Sequence[Panel], aspect: float = 1.0, zoom: float = 0.0) -> None:
+    """Slices side by side as a PNG: anterior up, the patient's right on the right.
+
+    Args:
+        path: of the PNG; appears only when complete.
+        panels: slices of one shape.
+        aspect: height of a pixel over its width, i.e. spacing along Y over spacing along X.
+        zoom: side of the square cut out around the brightest region for a second row, as a fraction of the slice; 0 for none.
+    """
+    width, height = panels[0].image.shape
+    rows = 2 if zoom else 1
+    figure = Figure(figsize=(3.4 * len(panels), rows * 3.4 * min(2.0, max(0.5, aspect * height / width)) + 0.3), layout="constrained")
+    axes = figure.subplots(rows, len(panels), squeeze=False)
+    for column, panel in enumerate(panels):
+        image = panel.image.detach().float().cpu().numpy().T
+        style = {"cmap": panel.colours, "vmin": panel.vmin, "vmax": panel.vmax, "origin": "lower", "interpolation": "nearest"}
+        axes[0, column].imshow(image, aspect=aspect, **style)
+        axes[0, column].set_title(panel.title, fontsize=10)
+        if zoom:
+            window = _window(panels[0].image, zoom)
+            axes[1, column].imshow(image[window], aspect=aspect, **style)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    write_whole(path, lambda part: figure.savefig(part, dpi=110))
+
+
+def _window(image: Tensor, fraction: float) -> tuple[slice, slice]:
+    """Rows (Y) and columns (X) of the window to zoom into: a quarter off the centre of the foreground, where cortex is."""
+    bright = np.argwhere(image.detach().cpu().numpy() > 0.2)
+    centre = bright.mean(0) if len(bright) else np.array(image.shape) / 2
+    spread = np.ptp(bright, 0) if len(bright) else np.zeros(2)
+    slices = []
+    for axis in (1, 0):
+        side = max(2, int(fraction * image.shape[axis]))
+        start = int(centre[axis] + 0.25 * spread[axis] - side / 2)
+        start = min(max(start, 0), image.shape[axis] - side)
+        slices.append(slice(start, start + side))
+    return tuple(slices)  # type: ignore[return-value]

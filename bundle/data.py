@@ -35,16 +35,16 @@ def find_volumes(path: str | Path, pattern: str | Sequence[str] | None = None) -
     if path.is_file():
         return [str(path)]
     patterns = VOLUME_PATTERNS if pattern is None else [pattern] if isinstance(pattern, str) else pattern
-    files = {str(f) for p in patterns for f in path.rglob(p) if f.is_file()}
+    files = {str(f) for p in patterns for f in path.rglob(p) if f.is_file() and not f.name.startswith(".")}
     if pattern is None:
-        files |= {str(f.parent) for f in path.rglob("*") if f.is_file() and _is_dicom(f)}
+        files |= {str(f.parent) for f in path.rglob("*") if f.is_file() and not f.name.startswith(".") and _is_dicom(f)}
     if not files:
         raise InputError(f"{path}: holds no volume ({', '.join(patterns)}{', DICOM' if pattern is None else ''})")
     return sorted(files)
 
 
 def _is_dicom(file: Path) -> bool:
-    if file.suffix.lower() not in ("", ".dcm", ".ima"):
+    if file.name.upper() == "DICOMDIR" or file.suffix.lower() not in ("", ".dcm", ".ima"):  # an index is no slice
         return False
     with file.open("rb") as stream:
         stream.seek(128)
@@ -68,8 +68,11 @@ def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str) ->
     parts = ("train", "validation", "test")
     if part not in parts or len(split) != 3 or min(split) < 0:
         raise ValueError(f"one of {parts} and three numbers expected, got {part!r} and {split}")
-    counts = [int(n) for n in split]
-    if math.isclose(sum(split), 1):
+    if all(float(n).is_integer() for n in split):
+        counts = [int(n) for n in split]
+    elif not math.isclose(sum(split), 1):
+        raise ValueError(f"split must be numbers of subjects, or fractions that add up to 1, got {list(split)}")
+    else:
         validation, test = (max(1, round(len(volumes) * fraction)) for fraction in split[1:])
         counts = [len(volumes) - validation - test, validation, test]
     if min(counts) < 1 or sum(counts) > len(volumes):

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["DEGRADATIONS", "degrade", "downsample", "upsample"]
+from .errors import InputError
+
+__all__ = ["DEGRADATIONS", "check_factor", "degrade", "downsample", "upsample"]
 
 DEGRADATIONS = ("bicubic", "kspace")
 
@@ -31,9 +33,10 @@ def downsample(image: Tensor, factor: int, mode: str = "bicubic") -> Tensor:
         (..., ceil(H / factor), ceil(W / factor)).
 
     Raises:
-        ValueError: for an unknown ``mode`` or a ``factor`` that is not a positive integer.
+        ValueError: for an unknown ``mode``, or a ``factor`` that is not a positive integer (:class:`~bundle.errors.InputError`).
     """
-    _check(factor, mode)
+    _check_mode(mode)
+    check_factor(factor)
     height, width = image.shape[-2:]
     image = _pad_end(image, -height % factor, -width % factor)
     size = (image.shape[-2] // factor, image.shape[-1] // factor)
@@ -45,7 +48,8 @@ def upsample(image: Tensor, factor: int, mode: str = "bicubic") -> Tensor:
 
     ``"bicubic"`` interpolates with the same kernel; ``"kspace"`` fills the outer k-space with zeros.
     """
-    _check(factor, mode)
+    _check_mode(mode)
+    check_factor(factor)
     size = (image.shape[-2] * factor, image.shape[-1] * factor)
     return _resize(image, size) if mode == "bicubic" else _resize_kspace(image, size)
 
@@ -55,11 +59,15 @@ def degrade(image: Tensor, factor: int, mode: str = "bicubic") -> Tensor:
     return upsample(downsample(image, factor, mode), factor, mode)[..., : image.shape[-2], : image.shape[-1]]
 
 
-def _check(factor: int, mode: str) -> None:
+def check_factor(factor: int) -> None:
+    """Refuse what is not a positive integer."""
+    if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+        raise InputError(f"the factor (scale) must be a positive integer, got {factor!r}")
+
+
+def _check_mode(mode: str) -> None:
     if mode not in DEGRADATIONS:
         raise ValueError(f"mode must be one of {DEGRADATIONS}, got {mode!r}")
-    if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
-        raise ValueError(f"factor must be a positive integer, got {factor!r}")
 
 
 def _pad_end(image: Tensor, rows: int, columns: int) -> Tensor:
@@ -86,6 +94,8 @@ def _resize_kspace(image: Tensor, size: tuple[int, int]) -> Tensor:
 def _resize_kspace_axis(image: Tensor, size: int) -> Tensor:
     """Keep or zero-fill the spectrum of the last axis. The phase ramp moves sample 0 to the centre of the new first pixel."""
     length = image.shape[-1]
+    if size == length:
+        return image
     spectrum = torch.fft.rfft(image)
     keep = (min(length, size) + 1) // 2  # drops the Nyquist frequency of an even size, whose phase is not determined
     shift = (length / size - 1) / 2  # in pixels of the given grid

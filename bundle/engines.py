@@ -32,16 +32,23 @@ class VolumeInference(SupervisedEvaluator):
         """Work through all volumes.
 
         Raises:
-            InputError: at the end, when volumes failed; says how many and why the first one did.
+            InputError: at the start, when ``output_dir`` cannot be written to; at the end, when volumes failed (says how many and why
+                the first one did).
         """
         self.failures.clear()
+        list_of_failures = self.output_dir / "failed.csv"
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            list_of_failures.unlink(missing_ok=True)  # of an earlier run
+        except OSError as e:
+            raise InputError(f"{self.output_dir}: cannot be written to ({e.strerror})") from e
         super().run(global_epoch)
         done = self.state.epoch_length - len(self.failures)
         logger.info("%d of %d volumes done, results in %s", done, self.state.epoch_length, self.output_dir)
         if self.failures:
-            path = self.output_dir / "failed.csv"
-            write_whole(path, self._write_failures)
-            raise InputError(f"{len(self.failures)} of {self.state.epoch_length} volumes failed, listed in {path}; {self.failures[0][1]}")
+            write_whole(list_of_failures, self._write_failures)
+            count = f"{len(self.failures)} of {self.state.epoch_length} volumes failed"
+            raise InputError(f"{count}, listed in {list_of_failures}; {self.failures[0][1]}")
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict) -> dict:
         try:

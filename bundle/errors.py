@@ -17,6 +17,8 @@ def reason(error: BaseException) -> str:
     cause = _input_error(error)
     if cause is not None:
         return str(cause)
+    while error.__cause__ is not None:  # what MONAI wrapped as "applying transform ..."
+        error = error.__cause__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

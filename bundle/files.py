@@ -6,12 +6,24 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .errors import InputError
+
 __all__ = ["common_folder", "result_path", "write_whole"]
 
 
 def common_folder(volumes: Sequence[str]) -> str:
-    """Deepest folder that holds all volumes (files or DICOM folders)."""
-    return os.path.commonpath([os.path.dirname(os.path.abspath(v)) for v in volumes])
+    """Deepest folder that holds all volumes (files or DICOM folders).
+
+    Raises:
+        InputError: when the results of two volumes below it would have the same name (``t1.nii.gz`` beside a folder ``t1``).
+    """
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(v)) for v in volumes])
+    seen: dict[Path, str] = {}
+    for volume in volumes:
+        other = seen.setdefault(result_path(volume, "", root, ""), volume)
+        if other != volume:
+            raise InputError(f"{other} and {volume}: their results would have the same name")
+    return root
 
 
 def result_path(volume: str, output_dir: str, root: str, ending: str) -> Path:

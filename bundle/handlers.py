@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import csv
+import json
 import logging
 from pathlib import Path
 
 import ignite.distributed as idist
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import InputError
+from .figures import Panel, save_panels
 from .files import write_whole
+from .metrics import psnr, ssim
+from .transforms import name_of
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "EvaluationReport"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +55,9 @@ class Checkpoints:
         if not self.last.exists():
             return
         if not self.resume:
-            raise InputError(f"{self.last} is the checkpoint of an earlier run: go on from it with '--resume true', or choose another folder")
+            raise InputError(
+                f"{self.last} is the checkpoint of an earlier run: go on from it with '--resume true', or choose another folder"
+            )
         try:
             state = torch.load(self.last, map_location="cpu", weights_only=True)
             for name, part in self.parts.items():
@@ -81,3 +89,96 @@ class Checkpoints:
             "best": best,
         }
         write_whole(self.last, lambda part: torch.save(state, part))
+
+
+class EvaluationReport:
+    """PSNR and SSIM of the network beside those of its input, the interpolated low-resolution image, per slice, per volume and overall.
+
+    Writes into ``output_dir``: ``metrics.csv`` (a line per slice), ``summary.json`` (per volume, and mean and standard deviation over
+    volumes) and ``comparison.png`` (the middle slice of the first volume: truth, input, result and the errors of both). In a
+    distributed run the first process gathers what all have measured.
+
+    Args:
+        output_dir: folder of the report.
+        first_slice: number of the first slice evaluated, counted from 1.
+        interpolation: name of the degradation, for the picture and the columns.
+    """
+
+    def __init__(self, output_dir: str, first_slice: int = 1, interpolation: str = "bicubic") -> None:
+        self.output_dir, self.first_slice, self.interpolation = Path(output_dir), first_slice, interpolation
+        self.rows: list[dict] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda engine: self.rows.clear())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.measure)
+        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def measure(self, engine: Engine) -> None:
+        """Measure the volumes of one iteration."""
+        for item in engine.state.output:
+            # (1, X, Y, Z) to slices (Z, 1, X, Y)
+            truth, given, result = (item[key].as_tensor().detach().cpu().movedim(-1, 0) for key in ("label", "image", "pred"))
+            columns = {}
+            for method, slices in ((f"{self.interpolation}_", given), ("", result)):
+                for region in (False, True):
+                    for metric in (psnr, ssim):
+                        name = method + metric.__name__ + ("_foreground" if region else "")
+                        columns[name] = metric(slices, truth, foreground=region).tolist()
+            volume = name_of(item["label"])
+            for index, values in enumerate(zip(*columns.values())):
+                self.rows.append({"volume": volume, "slice": self.first_slice + index, **dict(zip(columns, values))})
+            if idist.get_rank() == 0 and engine.state.iteration == 1:
+                self._draw(truth, given, result, item["label"].pixdim)
+
+    def write(self, engine: Engine) -> None:
+        """Write ``metrics.csv`` and ``summary.json``, and log the result."""
+        rows = self.rows
+        if idist.get_world_size() > 1:
+            gathered: list = [None] * idist.get_world_size()
+            torch.distributed.all_gather_object(gathered, rows)
+            rows = sorted(sum(gathered, []), key=lambda row: (row["volume"], row["slice"]))
+        if idist.get_rank() > 0:
+            return
+        summary = summarise(rows)
+        write_whole(self.output_dir / "metrics.csv", lambda path: _write_csv(path, rows))
+        write_whole(self.output_dir / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=4) + "\n"))
+        logger.info("%d volumes, %d slices; mean (standard deviation) over volumes:", len(summary["volumes"]), len(rows))
+        for name, value in summary["overall"].items():
+            logger.info("  %-26s %8.4f (%.4f)", name, value["mean"], value["std"])
+        logger.info("report in %s", self.output_dir)
+
+    def _draw(self, truth: torch.Tensor, given: torch.Tensor, result: torch.Tensor, spacing: torch.Tensor) -> None:
+        middle = len(truth) // 2
+        truth, given, result = (v[middle : middle + 1] for v in (truth, given, result))
+
+        def label(name: str, slices: torch.Tensor) -> str:
+            return f"{name}\n{float(psnr(slices, truth)):.2f} dB / {float(ssim(slices, truth)):.4f}"
+
+        images = [("HR", truth), (label(f"LR, {self.interpolation}", given), given), (label("network", result), result)]
+        errors = [("error of LR, 0 to 0.1", given), ("error of network, 0 to 0.1", result)]
+        panels = [Panel(title, v[0, 0]) for title, v in images]
+        panels += [Panel(title, (v - truth).abs()[0, 0], 0.0, 0.1, "magma") for title, v in errors]
+        save_panels(self.output_dir / "comparison.png", panels, aspect=float(spacing[1] / spacing[0]), zoom=0.25)
+
+
+def summarise(rows: list[dict]) -> dict:
+    """Mean per volume over its slices; mean and standard deviation over volumes, which are the independent samples.
+
+    Args:
+        rows: a dictionary per slice: ``"volume"``, ``"slice"`` and metrics; NaN (a slice without foreground) is left out.
+    """
+    metrics = [key for key in rows[0] if key not in ("volume", "slice")]
+    volumes: dict[str, dict[str, float]] = {}
+    for volume in dict.fromkeys(row["volume"] for row in rows):
+        of_volume = [row for row in rows if row["volume"] == volume]
+        volumes[volume] = {m: float(np.nanmean([row[m] for row in of_volume])) for m in metrics}
+    values = {m: [v[m] for v in volumes.values()] for m in metrics}
+    overall = {m: {"mean": float(np.nanmean(v)), "std": float(np.nanstd(v, ddof=1)) if len(v) > 1 else 0.0} for m, v in values.items()}
+    return {"volumes": volumes, "overall": overall}
+
+
+def _write_csv(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)

@@ -26,6 +26,8 @@ def psnr(prediction: Tensor, target: Tensor, foreground: bool = False) -> Tensor
         >>> psnr(torch.full((1, 1, 4, 4), 0.1), torch.zeros(1, 1, 4, 4))
         tensor([20.])
     """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction and target must have one shape, got {prediction.shape} and {target.shape}")
     return -10 * torch.log10(_mean((prediction - target).square(), target, foreground))
 
 
@@ -74,4 +76,5 @@ class SliceMetric(CumulativeIterationMetric):
 
     def aggregate(self, *args, **kwargs) -> Tensor:  # type: ignore[override]
         """Average over the slices seen by all processes."""
-        return self.get_buffer().nanmean()
+        values = self.get_buffer()
+        return values.nanmean() if self.foreground else values.mean()

@@ -21,11 +21,20 @@ def layerwise_parameters(network: nn.Module, lr: float, reference_fan_in: int = 
         groups for ``torch.optim`` optimizers, highest rate first.
     """
     groups: dict[float, list[nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()  # two modules may share a weight
     for module in network.modules():
-        parameters = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        if not parameters:
-            continue
-        weight = getattr(module, "weight", None)
-        fan_in = weight[0].numel() if weight is not None and weight.ndim > 1 else 1
-        groups.setdefault(lr * min(1.0, reference_fan_in / fan_in), []).extend(parameters)
+        parameters = [p for p in module.parameters(recurse=False) if p.requires_grad and p not in seen]
+        if parameters:
+            seen.update(parameters)
+            groups.setdefault(lr * min(1.0, reference_fan_in / _fan_in(module)), []).extend(parameters)
     return [{"params": groups[rate], "lr": rate} for rate in sorted(groups, reverse=True)]
+
+
+def _fan_in(module: nn.Module) -> int:
+    """Inputs that one output value depends on; 1 for a layer without a weight matrix."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.ndim < 2:
+        return 1
+    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):  # (in, out / groups, ...)
+        return weight[:, 0].numel() // module.groups
+    return weight[0].numel()

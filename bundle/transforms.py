@@ -11,12 +11,21 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, LoadImage, MapTransform, SpatialCrop
 
-from .degradation import degrade, upsample
+from .degradation import check_factor, degrade, upsample
 from .errors import InputError
 from .figures import Panel, save_panels
 from .files import result_path, write_whole
 
-__all__ = ["AxialSlicesd", "CropInPlaned", "Degraded", "LoadVolumed", "SaveComparisond", "SaveVolumed", "ScaleIntensityByPercentiled", "UpsampleInPlaned"]
+__all__ = [
+    "AxialSlicesd",
+    "CropInPlaned",
+    "Degraded",
+    "LoadVolumed",
+    "SaveComparisond",
+    "SaveVolumed",
+    "ScaleIntensityByPercentiled",
+    "UpsampleInPlaned",
+]
 
 
 class LoadVolumed(MapTransform):
@@ -45,8 +54,8 @@ class LoadVolumed(MapTransform):
         try:
             image = self.loader(path)
         except Exception as e:  # a reader can fail in any way on a damaged file
-            reason = str(e.__cause__ or e).strip().splitlines() or [type(e).__name__]
-            raise InputError(f"{path}: cannot be read as a volume ({reason[0]})") from e
+            lines = str(e.__cause__ or e).split("\n\n")[0].strip().splitlines() or [type(e).__name__]
+            raise InputError(f"{path}: cannot be read as a volume ({lines[-1].strip()})") from e
         sides = " x ".join(str(n) for n in image.shape[1:])
         if image.ndim != 4 or image.shape[0] != 1 or min(image.shape[1:]) < 1 or image.shape[-1] * image.shape[-2] == 1:
             raise InputError(f"{path}: one grey-scale volume expected, got {image.shape[0]} channel(s) of {sides} voxels")
@@ -107,13 +116,13 @@ class AxialSlicesd(MapTransform):
         axial_slices: first and last slice; ``None`` keeps all.
 
     Raises:
-        ValueError: when the range is not ascending from 1; when called on a volume with fewer slices.
+        InputError: when the range is not ascending from 1; when called on a volume with fewer slices.
     """
 
     def __init__(self, keys: KeysCollection, axial_slices: Sequence[int] | None = None) -> None:
         super().__init__(keys)
         if axial_slices is not None and (len(axial_slices) != 2 or not 1 <= axial_slices[0] <= axial_slices[1]):
-            raise ValueError(f"axial_slices must be [first, last] with 1 <= first <= last, got {axial_slices}")
+            raise InputError(f"axial_slices must be [first, last] with 1 <= first <= last, got {axial_slices}")
         self.axial_slices = axial_slices
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
@@ -140,7 +149,7 @@ class CropInPlaned(MapTransform):
         size: window along X and Y, in voxels; ``None`` keeps the volume.
 
     Raises:
-        ValueError: when called on a volume smaller than the window.
+        InputError: when called on a volume smaller than the window.
     """
 
     def __init__(self, keys: KeysCollection, size: Sequence[int] | None = None) -> None:
@@ -158,10 +167,7 @@ class CropInPlaned(MapTransform):
             if any(window > side for window, side in zip(self.size, shape)):
                 raise InputError(f"{name_of(d[key])}: slices of {shape[0]} x {shape[1]} voxels are smaller than the crop {self.size}")
             foreground = (d[key].as_tensor()[0] > 0).any(-1)
-            start = [
-                _window_start(foreground.any(1 - axis), window, side)
-                for axis, (window, side) in enumerate(zip(self.size, shape))
-            ]
+            start = [_window_start(foreground.any(1 - axis), window, side) for axis, (window, side) in enumerate(zip(self.size, shape))]
             end = [a + window for a, window in zip(start, self.size)]
             d[key] = _crop(d[key], (*start, 0), (*end, shape[2]))
         return d
@@ -198,10 +204,14 @@ class UpsampleInPlaned(MapTransform):
     Args:
         keys: volumes (1, X, Y, Z); become (1, factor X, factor Y, Z).
         factor: integer factor of both in-plane axes.
+
+    Raises:
+        InputError: when ``factor`` is not a positive integer.
     """
 
     def __init__(self, keys: KeysCollection, factor: int = 2) -> None:
         super().__init__(keys)
+        check_factor(factor)
         self.factor = factor
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
@@ -237,8 +247,10 @@ class SaveVolumed(MapTransform):
         for key in self.keys:
             image = data[key]
             volume = nib.Nifti1Image(image.as_tensor()[0].float().cpu().numpy(), image.affine.cpu().numpy())
-            volume.set_qform(volume.affine, code="scanner")
             volume.set_sform(volume.affine, code="scanner")
+            volume.set_qform(volume.affine, code="scanner")
+            if not np.allclose(volume.get_qform(), volume.affine, atol=1e-4):  # a qform cannot hold a shear
+                volume.set_qform(None, code="unknown")
             volume.header.set_xyzt_units("mm")
             write_whole(result_path(name_of(image), self.output_dir, self.root, "_sr.nii.gz"), volume.to_filename)
         return data
@@ -259,7 +271,8 @@ class SaveComparisond(MapTransform):
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> Mapping:
         before, after = (data[key] for key in self.keys)
         middle = before.shape[-1] // 2
-        panels = [Panel("input, interpolated", before.as_tensor()[0, ..., middle]), Panel("super-resolved", after.as_tensor()[0, ..., middle])]
+        titles = ("input, interpolated", "super-resolved")
+        panels = [Panel(title, v.as_tensor()[0, ..., middle]) for title, v in zip(titles, (before, after))]
         spacing = before.pixdim
         path = result_path(name_of(before), self.output_dir, self.root, "_sr.png")
         save_panels(path, panels, aspect=float(spacing[1] / spacing[0]), zoom=0.25)

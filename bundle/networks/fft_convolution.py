@@ -15,6 +15,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 __all__ = ["FFTConv2d", "use_fft_convolutions"]
@@ -95,8 +96,8 @@ def _join(tiles: Tensor, batch: int, height: int, width: int) -> Tensor:
 class _FFTConvolution(torch.autograd.Function):
     """Correlation theorem: spectrum of the output = spectrum of the input x conjugate spectrum of the kernel.
 
-    A transform of n = last input position + margin + 1 points is long enough for the wrap-around of the circular convolution to fall outside
-    the wanted output. Complex products are written as real ones, which the batched matrix multiplication runs faster.
+    A transform of n = last input position + margin + 1 points is long enough for the wrap-around of the circular convolution
+    to fall outside the wanted output. Complex products are written as real ones: their matrix multiplication is faster.
     """
 
     @staticmethod
@@ -114,6 +115,7 @@ class _FFTConvolution(torch.autograd.Function):
         return _inverse(yr, yi, points, 0, size)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         xr, xi, kr, ki = ctx.saved_tensors
         points, start, x_size, k_size = ctx.geometry

@@ -1,0 +1,203 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bundle.degradation import DEGRADATIONS, degrade, downsample, upsample
+
+FACTORS = (2, 3, 4)
+
+
+def noise(*shape, dtype=torch.float64):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def pil_resize(image, height, width):
+    return np.asarray(Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def ramp(height, width, axis):
+    """The index along one axis: row 7 (or column 7) has the value 7."""
+    index = torch.arange(height if axis == 0 else width, dtype=torch.float64)
+    return index.view(-1, 1).expand(height, width) if axis == 0 else index.expand(height, width)
+
+
+def wave(height, width, rows, columns):
+    """Cosine with so many periods along the rows and the columns, and some phase."""
+    y, x = torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64)
+    return torch.cos(2 * math.pi * (rows * y[:, None] / height + columns * x / width) + 0.7)
+
+
+def blob(height, width, y, x, sigma):
+    rows, columns = torch.arange(height, dtype=torch.float64)[:, None], torch.arange(width, dtype=torch.float64)
+    return torch.exp(-((rows - y) ** 2 + (columns - x) ** 2) / (2 * sigma**2))
+
+
+def centre_of_mass(image):
+    height, width = image.shape
+    return [(image * ramp(height, width, axis)).sum().item() / image.sum().item() for axis in (0, 1)]
+
+
+def away_from_the_border(image, border):
+    inner = image[..., border:-border, border:-border]
+    assert inner.numel()
+    return inner
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_bicubic_downsampling_equals_pil(factor):
+    image = noise(48, 36, dtype=torch.float32)
+    np.testing.assert_allclose(downsample(image, factor).numpy(), pil_resize(image, 48 // factor, 36 // factor), atol=2e-6)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_bicubic_upsampling_equals_pil(factor):
+    image = noise(12, 17, dtype=torch.float32)
+    np.testing.assert_allclose(upsample(image, factor).numpy(), pil_resize(image, 12 * factor, 17 * factor), atol=2e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("height, width", [(31, 31), (64, 64), (65, 65), (64, 31), (31, 65)])
+@pytest.mark.parametrize("factor", FACTORS)
+def test_bicubic_ramp_does_not_drift(factor, height, width, axis):
+    image = ramp(height, width, axis)
+    border = 7 * factor // 2  # 3 low-resolution pixels: both kernels reach 2 of them from a centre
+    torch.testing.assert_close(away_from_the_border(degrade(image, factor), border), away_from_the_border(image, border), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("size", [31, 64, 65])
+@pytest.mark.parametrize("factor", FACTORS)
+def test_low_resolution_pixel_lies_at_the_centre_of_the_pixels_it_covers(factor, size, axis):
+    low = downsample(ramp(size, size, axis), factor)
+    expected = factor * (ramp(*low.shape, axis) + 0.5) - 0.5
+    torch.testing.assert_close(away_from_the_border(low, 3), away_from_the_border(expected, 3), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("mode", DEGRADATIONS)
+@pytest.mark.parametrize("factor", FACTORS)
+def test_constant_stays_constant(factor, mode):
+    image = torch.full((2, 31, 40), 0.3, dtype=torch.float64)
+    for result in (downsample(image, factor, mode), upsample(image, factor, mode), degrade(image, factor, mode)):
+        torch.testing.assert_close(result, torch.full_like(result, 0.3))
+
+
+@pytest.mark.parametrize("mode", DEGRADATIONS)
+@pytest.mark.parametrize("height, width", [(31, 31), (64, 65), (12, 24), (5, 1)])
+@pytest.mark.parametrize("factor", (1, *FACTORS))
+def test_shapes(factor, height, width, mode):
+    image = noise(2, height, width)
+    assert downsample(image, factor, mode).shape == (2, math.ceil(height / factor), math.ceil(width / factor))
+    assert upsample(image, factor, mode).shape == (2, factor * height, factor * width)
+    assert degrade(image, factor, mode).shape == image.shape
+
+
+@pytest.mark.parametrize("mode", DEGRADATIONS)
+def test_degraded_image_is_the_upsampled_low_resolution_image(mode):
+    image = noise(24, 36)
+    torch.testing.assert_close(degrade(image, 3, mode), upsample(downsample(image, 3, mode), 3, mode))
+    assert not torch.allclose(degrade(image, 3, mode), image, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", DEGRADATIONS)
+@pytest.mark.parametrize("function", [downsample, upsample, degrade])
+def test_every_slice_is_treated_alike(function, mode, dtype):
+    images = noise(2, 3, 13, 10, dtype=dtype)
+    result = function(images, 2, mode)
+    assert result.dtype == dtype
+    for n in range(2):
+        for c in range(3):
+            torch.testing.assert_close(result[n, c], function(images[n, c], 2, mode))
+    torch.testing.assert_close(function(images[:, :, None], 2, mode), result[:, :, None])
+
+
+@pytest.mark.parametrize("mode", DEGRADATIONS)
+@pytest.mark.parametrize("function", [downsample, upsample, degrade])
+def test_rows_and_columns_are_treated_alike(function, mode):
+    image = noise(13, 10)
+    torch.testing.assert_close(function(image.mT.contiguous(), 2, mode).mT, function(image, 2, mode))
+
+
+@pytest.mark.parametrize("mode", DEGRADATIONS)
+@pytest.mark.parametrize("factor", FACTORS)
+def test_flipping_commutes_with_degrading(factor, mode):
+    image = noise(24, 36)
+    torch.testing.assert_close(degrade(image.flip(-1, -2), factor, mode).flip(-1, -2), degrade(image, factor, mode))
+
+
+@pytest.mark.parametrize("mode", DEGRADATIONS)
+@pytest.mark.parametrize("size", [(12, 10), (11, 9), (12, 9)])
+@pytest.mark.parametrize("function", [downsample, upsample, degrade])
+def test_factor_1_changes_nothing(function, size, mode):
+    image = noise(*size)
+    torch.testing.assert_close(function(image, 1, mode), image)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("rows, columns", [(3, 2), (0, 4), (5, 0), (5, 4)])
+def test_kspace_keeps_frequencies_below_the_cut_off(factor, rows, columns):
+    image = wave(48, 36, rows, columns)
+    torch.testing.assert_close(degrade(image, factor, "kspace"), image)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_kspace_samples_a_slow_wave_at_the_low_resolution_centres(factor):
+    y, x = (factor * (torch.arange(n // factor, dtype=torch.float64) + 0.5) - 0.5 for n in (48, 36))
+    expected = torch.cos(2 * math.pi * (3 * y[:, None] / 48 + 2 * x / 36) + 0.7)
+    torch.testing.assert_close(downsample(wave(48, 36, 3, 2), factor, "kspace"), expected)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_kspace_removes_frequencies_above_the_cut_off(factor):
+    for image in (wave(48, 36, 48 // factor // 2 + 1, 1), wave(48, 36, 1, 36 // factor // 2 + 1)):
+        for result in (downsample(image, factor, "kspace"), degrade(image, factor, "kspace")):
+            torch.testing.assert_close(result, torch.zeros_like(result))
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_kspace_degrades_once(factor):
+    once = degrade(noise(48, 36), factor, "kspace")
+    torch.testing.assert_close(degrade(once, factor, "kspace"), once)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_kspace_keeps_the_mean(factor):
+    image = noise(3, 48, 36)
+    for result in (downsample(image, factor, "kspace"), upsample(image, factor, "kspace"), degrade(image, factor, "kspace")):
+        torch.testing.assert_close(result.mean((-2, -1)), image.mean((-2, -1)))
+
+
+@pytest.mark.parametrize("mode", DEGRADATIONS)
+@pytest.mark.parametrize("height, width", [(60, 72), (61, 71)])
+@pytest.mark.parametrize("factor", FACTORS)
+def test_blob_stays_where_it_is(factor, height, width, mode):
+    centre = (28.3, 36.8)
+    image = blob(height, width, *centre, sigma=5)
+    assert centre_of_mass(degrade(image, factor, mode)) == pytest.approx(centre, abs=1e-3)
+    low = [(c + 0.5) / factor - 0.5 for c in centre]
+    assert centre_of_mass(downsample(image, factor, mode)) == pytest.approx(low, abs=1e-3)
+    high = [(c + 0.5) * factor - 0.5 for c in centre]
+    assert centre_of_mass(upsample(image, factor, mode)) == pytest.approx(high, abs=1e-3)
+
+
+@pytest.mark.parametrize("function", [downsample, upsample, degrade])
+def test_modes_agree_on_a_smooth_image(function):
+    image = blob(60, 72, 28.3, 36.8, sigma=6)
+    torch.testing.assert_close(function(image, 2, "kspace"), function(image, 2, "bicubic"), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [0, -1, 2.5, 2.0, True, "2", None])
+@pytest.mark.parametrize("function", [downsample, upsample, degrade])
+def test_bad_factor_is_named(function, factor):
+    with pytest.raises(ValueError, match=f"factor must be a positive integer, got {factor!r}"):
+        function(noise(8, 8), factor)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "", None])
+@pytest.mark.parametrize("function", [downsample, upsample, degrade])
+def test_bad_mode_is_named(function, mode):
+    with pytest.raises(ValueError, match=f"mode must be one of .*, got {mode!r}"):
+        function(noise(8, 8), 2, mode)

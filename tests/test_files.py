@@ -1,0 +1,190 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy
+from PIL import Image
+
+from bundle.errors import InputError, reason
+from bundle.figures import Panel, save_panels
+from bundle.files import common_folder, result_path, write_whole
+
+
+class TestResultPath:
+    @pytest.mark.parametrize(
+        "name",
+        ["sub.nii", "sub.nii.gz", "sub.mha", "sub.mhd", "sub.nrrd", "sub.nhdr", "sub.img", "sub.img.gz"],
+    )
+    def test_extension_is_replaced(self, name):
+        assert result_path(f"/in/{name}", "out", "/in", "_sr.nii.gz") == Path("out/sub_sr.nii.gz")
+
+    @pytest.mark.parametrize("name", ["sub-01.run-2", "1.2.840", "a b", "Größe 脳"])
+    def test_rest_of_the_name_stays(self, name):
+        assert result_path(f"/in/{name}.nii.gz", "out", "/in", "_sr.png") == Path(f"out/{name}_sr.png")
+
+    @pytest.mark.parametrize("name", ["1.2.840.10008.113619", "series", "T1 3.5mm"])
+    def test_dicom_folder_keeps_its_whole_name(self, name, tmp_path):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        path = result_path(str(tmp_path / "in" / name), "out", str(tmp_path / "in"), "_sr.nii.gz")
+        assert path == Path(f"out/{name}_sr.nii.gz")
+
+    def test_equal_names_in_several_folders_stay_apart(self):
+        volumes = ["/in/a/t1.nii.gz", "/in/b/t1.nii.gz", "/in/b/c/t1.nii.gz"]
+        results = [result_path(volume, "out", common_folder(volumes), "_sr.nii.gz") for volume in volumes]
+        assert results == [Path("out/a/t1_sr.nii.gz"), Path("out/b/t1_sr.nii.gz"), Path("out/b/c/t1_sr.nii.gz")]
+
+    def test_relative_paths_will_do(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        root = common_folder(["in/a/t1.nii", "./in/b/t1.nii"])
+        assert root == str(tmp_path / "in")
+        assert result_path("in/a/t1.nii", "out", root, ".txt") == Path("out/a/t1.txt")
+        assert result_path("t1.nii", "out", common_folder(["t1.nii"]), ".txt") == Path("out/t1.txt")
+
+
+class TestWriteWhole:
+    def test_file_is_written_below_new_folders(self, tmp_path):
+        path = tmp_path / "new" / "folder" / "a.txt"
+        write_whole(path, lambda part: part.write_text("all"))
+        assert path.read_text() == "all"
+        assert list(path.parent.iterdir()) == [path]
+
+    def test_writer_sees_the_extension(self, tmp_path):
+        seen = []
+        write_whole(tmp_path / "a.nii.gz", lambda part: (seen.append(part), part.touch()))
+        assert seen[0].parent == tmp_path
+        assert seen[0].name.endswith(".nii.gz")
+        assert seen[0] != tmp_path / "a.nii.gz"
+
+    def test_old_file_stays_until_the_new_one_is_complete(self, tmp_path):
+        path = tmp_path / "a.txt"
+        path.write_text("old")
+
+        def write(part):
+            part.write_text("new")
+            assert path.read_text() == "old"
+
+        write_whole(path, write)
+        assert path.read_text() == "new"
+
+    @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+    @pytest.mark.parametrize("old", ["old", None])
+    def test_failing_writer_leaves_everything_as_it_was(self, old, error, tmp_path):
+        path = tmp_path / "a.txt"
+        if old:
+            path.write_text(old)
+
+        def write(part):
+            part.write_text("half")
+            raise error
+
+        with pytest.raises(type(error)):
+            write_whole(path, write)
+        assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == ([("a.txt", "old")] if old else [])
+
+    def test_failure_before_anything_is_written_is_the_one_reported(self, tmp_path):
+        with pytest.raises(ZeroDivisionError):
+            write_whole(tmp_path / "a.txt", lambda part: 1 / 0)
+
+
+class TestReason:
+    def test_input_error_behind_others_is_the_reason(self):
+        error = RuntimeError("applying transform\n...")
+        error.__cause__ = ValueError("component failed")
+        error.__cause__.__context__ = InputError("sub-01.nii: damaged")
+        assert reason(error) == "sub-01.nii: damaged"
+
+    def test_wrapper_of_monai_is_not_the_reason(self):
+        error = RuntimeError("applying transform <object at 0x7f38b4b31a50>")
+        error.__cause__ = OSError("No space left on device")
+        assert reason(error) == "OSError: No space left on device"
+
+    @pytest.mark.parametrize(
+        ("error", "expected"),
+        [
+            (RuntimeError("first line\nsecond"), "RuntimeError: first line"),
+            (ValueError(), "ValueError"),
+            (KeyError("label"), "KeyError: 'label'"),
+            (InputError("plain"), "plain"),
+        ],
+    )
+    def test_other_errors_say_their_kind_and_first_line(self, error, expected):
+        assert reason(error) == expected
+
+
+class TestReportInOneLine:
+    def run(self, body):
+        program = "from bundle.errors import InputError, report_in_one_line\nreport_in_one_line()\n" + body
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "raise InputError('a.nii: damaged')",
+            "try:\n    raise InputError('a.nii: damaged')\nexcept ValueError as e:\n    raise RuntimeError('applying') from e",
+            "try:\n    raise InputError('a.nii: damaged')\nexcept ValueError:\n    raise RuntimeError('while handling')",
+            "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise InputError('a.nii: damaged') from e",
+        ],
+        ids=["plain", "cause", "context", "with a cause of its own"],
+    )
+    def test_input_error_is_one_line(self, body):
+        done = self.run(body)
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: a.nii: damaged\n")
+
+    def test_other_errors_keep_their_traceback(self):
+        done = self.run("1 / 0")
+        assert done.returncode == 1
+        assert done.stderr.startswith("Traceback")
+        assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+    def test_program_without_error_says_nothing(self):
+        done = self.run("")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+class TestSavePanels:
+    @pytest.mark.parametrize("zoom", [0, 0.25])
+    @pytest.mark.parametrize("shape", [(40, 36), (33, 71), (5, 4), (3, 2)])
+    def test_picture_opens(self, shape, zoom, tmp_path):
+        slice_ = torch.from_numpy(toy.head((*shape, 1))[..., 0]) / 1000
+        path = tmp_path / "new" / "a.png"
+        save_panels(path, [Panel("one", slice_), Panel("two", slice_, vmax=0.5, colours="magma")], aspect=1.3, zoom=zoom)
+        with Image.open(path) as picture:
+            picture.load()
+            assert picture.format == "PNG"
+            assert np.ptp(np.asarray(picture.convert("L"))) > 100
+        assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+    def test_each_panel_takes_a_column(self, tmp_path):
+        panel = Panel("a", torch.zeros(20, 20))
+        widths = []
+        for number in (1, 3):
+            save_panels(tmp_path / "a.png", [panel] * number)
+            widths.append(Image.open(tmp_path / "a.png").width)
+        assert widths[1] == pytest.approx(3 * widths[0], abs=3)
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, 5.0])
+    def test_flat_slice_is_no_obstacle(self, value, tmp_path):
+        save_panels(tmp_path / "a.png", [Panel("flat", torch.full((20, 15), value))], zoom=0.25)
+        assert Image.open(tmp_path / "a.png").size[0] > 100
+
+    def test_tensor_of_a_network_is_no_obstacle(self, tmp_path):
+        output = torch.rand(20, 15, dtype=torch.float64, requires_grad=True)
+        save_panels(tmp_path / "a.png", [Panel("output", output * 1)], zoom=0.25)
+        assert (tmp_path / "a.png").stat().st_size > 1000
+
+    def test_anterior_is_up_and_right_is_right(self, tmp_path):
+        slice_ = torch.zeros(20, 20)
+        slice_[15:, 12:] = 1
+        save_panels(tmp_path / "a.png", [Panel("", slice_)])
+        picture = np.asarray(Image.open(tmp_path / "a.png").convert("L")).astype(float)
+        rows, columns = (np.flatnonzero((picture < 10).any(axis)) for axis in (1, 0))  # the black of the panel
+        inside = picture[rows[0] : rows[-1], columns[0] : columns[-1]] > 200
+        middle = [n // 2 for n in inside.shape]
+        halves = [(slice(n), slice(n, None)) for n in middle]
+        upper_left, upper_right, lower_left, lower_right = (inside[a, b].mean() for a in halves[0] for b in halves[1])
+        assert upper_right > 0.2 > max(upper_left, lower_left, lower_right)

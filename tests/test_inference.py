@@ -1,0 +1,354 @@
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pytest
+import toy
+from PIL import Image
+
+from bundle.errors import reason
+
+ROOT = Path(__file__).parents[1]
+CONFIG = str(ROOT / "configs" / "inference.json")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """``"random"`` weights, and those of an ``"untrained"`` network, which returns the interpolated volume."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {name: str(toy.save_checkpoint(folder / f"{name}.pt", random=name == "random")) for name in ("random", "untrained")}
+
+
+@pytest.fixture
+def infer(checkpoints, tmp_path, monkeypatch):
+    """``infer(dataset_dir, overrides)``: run ``configs/inference.json`` in this process; returns the output folder."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # restored afterwards
+
+    def run(dataset_dir, weights="random", output_dir=None, **overrides):
+        output_dir = Path(output_dir or tmp_path / "out")
+        given = {"checkpoint": checkpoints[weights], "device": "$torch.device('cpu')", **toy.TINY_OVERRIDES, **overrides}
+        monai.bundle.run(config_file=CONFIG, dataset_dir=str(dataset_dir), output_dir=str(output_dir), **given)
+        return output_dir
+
+    return run
+
+
+def files_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def bicubic(volume, factor):
+    """Each axial slice of a volume in RAS order, enlarged by Pillow."""
+    size = (volume.shape[1] * factor, volume.shape[0] * factor)
+    slices = [Image.fromarray(volume[..., k].astype(np.float32)).resize(size, Image.Resampling.BICUBIC) for k in range(volume.shape[2])]
+    return np.stack(slices, -1)
+
+
+def canonical(path):
+    return nib.as_closest_canonical(nib.load(path))
+
+
+def outlying(array):
+    """With bright and dark voxels far off the scale of the rest."""
+    array = array.copy()
+    array[9, 11, 2], array[16, 5, 1], array[15, 15, 0] = 30000, -4000, 12000
+    return array
+
+
+# what is stored how: orientation, size along R, A, S, degrees about x, y, z, arguments of write_nifti
+GEOMETRIES = {
+    "axial": ("RAS", (20, 22, 4), (0, 0, 0), {}),
+    "oblique": ("RAS", (21, 23, 5), (14, -9, 25), {}),
+    "radiological": ("LAS", (21, 18, 3), (0, 0, 0), {"dtype": np.int16}),
+    "flipped": ("LPI", (20, 23, 4), (5, 10, -7), {"dtype": np.float64}),
+    "sagittal": ("PIR", (21, 19, 7), (-8, 3, 12), {}),
+    "coronal": ("RSA", (22, 17, 6), (4, 0, -20), {"dtype": np.int32}),
+    "int16 with a slope": ("SPL", (23, 20, 5), (3, -11, 6), {"dtype": np.int16, "slope": 2.5, "inter": 10.0}),
+}
+
+
+@pytest.fixture(params=GEOMETRIES)
+def stored(request, tmp_path):
+    """A volume with outlying voxels, stored in one of the ways of ``GEOMETRIES``."""
+    axcodes, shape, degrees, arguments = GEOMETRIES[request.param]
+    array, to_world = toy.stored_as(axcodes, outlying(toy.head(shape)), toy.affine((0.9, 1.2, 3.0), degrees, (-80, 95, -60)))
+    return toy.write_nifti(tmp_path / "in" / "sub.nii.gz", array, to_world, **arguments)
+
+
+class TestGeometryAndIntensity:
+    def test_result_stands_where_the_volume_stood_in_its_units(self, infer, stored):
+        out = infer(stored, "untrained")
+        before, after = nib.load(stored), nib.load(out / "sub_sr.nii.gz")
+        axcodes = nib.aff2axcodes(before.affine)
+        factors = np.array([1 if code in "SI" else 2 for code in axcodes])
+        assert nib.aff2axcodes(after.affine) == axcodes
+        assert after.shape == tuple(factors * before.shape)
+
+        index = np.stack(np.meshgrid(*map(np.arange, after.shape), indexing="ij"), -1)
+        expected = nib.affines.apply_affine(before.affine, (index + 0.5) / factors - 0.5)
+        np.testing.assert_allclose(nib.affines.apply_affine(after.affine, index), expected, atol=1e-4)
+        np.testing.assert_allclose(after.get_qform(), after.affine, atol=1e-4)
+        assert (int(after.header["sform_code"]), int(after.header["qform_code"])) == (1, 1)
+        assert after.header.get_xyzt_units()[0] == "mm"
+
+        assert after.get_data_dtype() == np.float32
+        expected = bicubic(canonical(stored).get_fdata(), 2)  # no clipping
+        np.testing.assert_allclose(canonical(out / "sub_sr.nii.gz").get_fdata(), expected, atol=0.02)
+
+    def test_trained_network_changes_the_intensities_only(self, infer, tmp_path):
+        path = toy.write_nifti(tmp_path / "sub.nii.gz", toy.head((20, 22, 4)), toy.affine((1, 1.1, 3), (5, 6, 7)))
+        plain, other = (nib.load(infer(path, weights, tmp_path / weights) / "sub_sr.nii.gz") for weights in ("untrained", "random"))
+        np.testing.assert_array_equal(other.affine, plain.affine)
+        assert np.abs(other.get_fdata() - plain.get_fdata()).max() > 1
+
+    @pytest.mark.parametrize("axcodes", ["LAS", "RPS", "RAI", "LPI", "ASR"])
+    def test_storage_order_does_not_matter(self, axcodes, infer, tmp_path):
+        head, to_world = outlying(toy.head((21, 22, 4))), toy.affine((1, 1.1, 3), (5, 6, 7))
+        toy.write_nifti(tmp_path / "in" / "a.nii.gz", head, to_world)
+        toy.write_nifti(tmp_path / "in" / "b.nii.gz", *toy.stored_as(axcodes, head, to_world))
+        out = infer(tmp_path / "in")
+        one, other = nib.load(out / "a_sr.nii.gz"), nib.load(out / "b_sr.nii.gz")
+        array, to_world = toy.stored_as(axcodes, one.get_fdata(), one.affine)
+        np.testing.assert_array_equal(other.get_fdata(), array)
+        np.testing.assert_allclose(other.affine, to_world, atol=1e-4)
+
+    @pytest.mark.parametrize("scale", [1, 2, 3, 4])
+    def test_scale_is_that_asked_for(self, scale, infer, tmp_path):
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((21, 18, 3)))
+        after = nib.load(infer(path, "untrained", scale=scale) / "a_sr.nii.gz")
+        assert after.shape == (21 * scale, 18 * scale, 3)
+        np.testing.assert_allclose(after.header.get_zooms(), (1 / scale, 1 / scale, 2), rtol=1e-5)
+        np.testing.assert_allclose(after.get_fdata(), bicubic(toy.head((21, 18, 3)), scale), atol=0.01)
+
+    @pytest.mark.parametrize("axcodes", ["RAS", "LPI", "IPR"])
+    def test_axial_slices_are_counted_from_the_inferior_end(self, axcodes, infer, tmp_path):
+        head = toy.head((20, 22, 6))
+        path = toy.write_nifti(tmp_path / "a.nii.gz", *toy.stored_as(axcodes, head, toy.affine()))
+        out = infer(path, "untrained", axial_slices=[2, 4])
+        after = canonical(out / "a_sr.nii.gz")
+        assert nib.aff2axcodes(nib.load(out / "a_sr.nii.gz").affine) == tuple(axcodes)
+        # the intensity scale is that of the whole volume
+        np.testing.assert_allclose(after.get_fdata(), bicubic(head[..., 1:4], 2), atol=0.01)
+        np.testing.assert_allclose(after.affine[:, 3], toy.affine() @ [-0.25, -0.25, 1, 1], atol=1e-4)
+
+    @pytest.mark.parametrize("factor", [1e-4, 1e6])
+    def test_units_do_not_matter(self, factor, infer, tmp_path):
+        for name, units in (("a", 1), ("b", factor)):
+            toy.write_nifti(tmp_path / "in" / f"{name}.nii.gz", toy.head((20, 22, 3)) * units)
+        out = infer(tmp_path / "in")
+        one, other = (nib.load(out / f"{name}_sr.nii.gz").get_fdata() for name in "ab")
+        np.testing.assert_allclose(other / factor, one, atol=0.01)
+
+    def test_one_slice_is_a_volume(self, infer, tmp_path):
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 1)))
+        after = nib.load(infer(path, "untrained") / "a_sr.nii.gz")
+        assert after.shape == (40, 44, 1)
+        np.testing.assert_allclose(after.get_fdata(), bicubic(toy.head((20, 22, 1)), 2), atol=0.01)
+
+
+class TestFormatsAndNames:
+    def test_formats_give_the_same_result(self, infer, tmp_path):
+        head, to_world = toy.head((24, 21, 4)), toy.affine((0.9, 1.1, 3), (6, 4, 15))
+        toy.write_nifti(tmp_path / "in" / "nifti.nii", head, to_world)
+        toy.write_itk(tmp_path / "in" / "meta.mha", head, to_world, np.int16)
+        toy.write_itk(tmp_path / "in" / "nearly.nrrd", head, to_world)
+        toy.write_dicom(tmp_path / "in" / "1.2.840.113619.2", head, to_world)
+        out = infer(tmp_path / "in")
+        names = ("nifti", "meta", "nearly", "1.2.840.113619.2")
+        assert files_below(out) == sorted(f"{name}_sr.{end}" for name in names for end in ("nii.gz", "png"))
+        results = [canonical(out / f"{name}_sr.nii.gz") for name in names]
+        for result in results[1:]:
+            np.testing.assert_allclose(result.get_fdata(), results[0].get_fdata(), atol=1e-3)
+            np.testing.assert_allclose(result.affine, results[0].affine, atol=1e-4)
+
+    def test_dicom_folder_may_be_given_itself(self, infer, tmp_path):
+        out = infer(toy.write_dicom(tmp_path / "my series"))
+        assert files_below(out) == ["my series_sr.nii.gz", "my series_sr.png"]
+        assert nib.load(out / "my series_sr.nii.gz").shape == (80, 72, 6)
+
+    def test_analyze_pair_is_one_volume(self, infer, tmp_path):
+        toy.write_analyze(tmp_path / "in" / "a.img", toy.head((20, 22, 3)))
+        assert files_below(infer(tmp_path / "in")) == ["a_sr.nii.gz", "a_sr.png"]
+
+    def test_folders_are_kept_so_that_equal_names_do_not_collide(self, infer, tmp_path):
+        for seed, folder in enumerate(("site A/sub 1", "site A/sub 2", "sité B")):
+            toy.write_nifti(tmp_path / "in" / folder / "t1.nii.gz", toy.head((20, 22, 3), seed=seed))
+        out = infer(tmp_path / "in", "untrained")
+        for seed, folder in enumerate(("site A/sub 1", "site A/sub 2", "sité B")):
+            result = nib.load(out / folder / "t1_sr.nii.gz").get_fdata()
+            np.testing.assert_allclose(result, bicubic(toy.head((20, 22, 3), seed=seed), 2), atol=0.01)
+        assert len(files_below(out)) == 6
+
+    def test_no_result_replaces_that_of_a_namesake(self, infer, tmp_path):
+        """A series and the file converted from it often stand side by side: both are done, or the clash is refused by name."""
+        toy.write_dicom(tmp_path / "in" / "t1", toy.head((20, 22, 3), seed=1))
+        toy.write_nifti(tmp_path / "in" / "t1.nii.gz", toy.head((20, 22, 3), seed=2))
+        try:
+            out = infer(tmp_path / "in")
+        except Exception as error:
+            assert "t1" in reason(error)
+        else:
+            assert len([name for name in files_below(out) if name.endswith(".nii.gz")]) == 2
+
+    def test_picture_opens(self, infer, tmp_path):
+        out = infer(toy.write_nifti(tmp_path / "a.nii.gz", toy.head((21, 30, 4)), toy.affine((1, 1.6, 3))))
+        with Image.open(out / "a_sr.png") as picture:
+            picture.load()
+            assert picture.format == "PNG"
+            assert np.ptp(np.asarray(picture.convert("L"))) > 100
+
+    def test_result_of_an_earlier_run_is_replaced(self, infer, tmp_path):
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
+        shape = [nib.load(infer(path, scale=scale) / "a_sr.nii.gz").shape for scale in (2, 3)]
+        assert shape == [(40, 44, 3), (60, 66, 3)]
+
+    def test_command_runs_from_any_directory(self, checkpoints, tmp_path):
+        toy.write_nifti(tmp_path / "data" / "sub-01.nii.gz", toy.head((20, 22, 3)))
+        done = command(tmp_path, checkpoints)
+        assert done.returncode == 0, done.stderr
+        assert files_below(tmp_path / "output") == ["sub-01_sr.nii.gz", "sub-01_sr.png"]
+
+
+def command(directory, checkpoints, *arguments):
+    """``python -m monai.bundle run`` in ``directory``, where the default ``data`` and ``output`` are."""
+    given = {"config_file": CONFIG, "checkpoint": checkpoints["random"], **toy.TINY_OVERRIDES}
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    return subprocess.run(
+        [sys.executable, "-m", "monai.bundle", "run", *words, *arguments],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+class TestBadInput:
+    def failures(self, out):
+        with (out / "failed.csv").open(newline="", encoding="utf-8") as stream:
+            head, *rows = csv.reader(stream)
+        assert head == ["volume", "reason"]
+        return rows
+
+    @pytest.mark.parametrize("what", toy.BAD_VOLUMES)
+    def test_bad_volume_is_reported_and_the_good_one_done(self, what, infer, tmp_path):
+        (tmp_path / "in").mkdir()
+        bad = toy.BAD_VOLUMES[what](tmp_path / "in")
+        toy.write_nifti(tmp_path / "in" / "good.nii.gz", toy.head((20, 22, 3)))
+        with pytest.raises(Exception) as error:
+            infer(tmp_path / "in")
+        assert "1 of 2 volumes failed" in reason(error.value)
+        assert str(bad) in reason(error.value)
+        out = tmp_path / "out"
+        assert files_below(out) == ["failed.csv", "good_sr.nii.gz", "good_sr.png"]
+        assert nib.load(out / "good_sr.nii.gz").shape == (40, 44, 3)
+        ((volume, why),) = self.failures(out)
+        assert volume == str(bad)
+        assert why.startswith(f"{bad}: ")
+        assert "\n" not in why
+
+    def test_every_bad_volume_is_listed(self, infer, tmp_path):
+        names = []
+        for number, what in enumerate(("no bytes", "NaN", "text")):
+            (tmp_path / "in" / str(number)).mkdir(parents=True)
+            names.append(str(toy.BAD_VOLUMES[what](tmp_path / "in" / str(number))))
+        toy.write_nifti(tmp_path / "in" / "1" / "good.nii.gz", toy.head((20, 22, 3)))
+        with pytest.raises(Exception) as error:
+            infer(tmp_path / "in")
+        assert "3 of 4 volumes failed" in reason(error.value)
+        assert [volume for volume, _ in self.failures(tmp_path / "out")] == names
+        assert (tmp_path / "out" / "1" / "good_sr.nii.gz").exists()
+
+    def test_result_that_cannot_be_written_is_one_failure(self, infer, tmp_path):
+        for name in ("a", "b"):
+            toy.write_nifti(tmp_path / "in" / f"{name}.nii.gz", toy.head((20, 22, 3)))
+        (tmp_path / "out" / "a_sr.nii.gz" / "in the way").mkdir(parents=True)
+        with pytest.raises(Exception) as error:
+            infer(tmp_path / "in")
+        assert "1 of 2 volumes failed" in reason(error.value)
+        ((volume, why),) = self.failures(tmp_path / "out")
+        assert volume == str(tmp_path / "in" / "a.nii.gz")
+        assert why.startswith(volume)
+        assert "directory" in why.lower()  # the cause, not the wrapper of MONAI
+        assert "b_sr.nii.gz" in files_below(tmp_path / "out")
+        assert not [name for name in files_below(tmp_path / "out") if ".part" in name]
+
+    def test_later_run_without_failures_leaves_no_list_of_failures(self, infer, tmp_path):
+        (tmp_path / "in").mkdir()
+        bad = toy.BAD_VOLUMES["no bytes"](tmp_path / "in")
+        with pytest.raises(Exception) as error:
+            infer(tmp_path / "in")
+        assert "1 of 1 volumes failed" in reason(error.value)
+        toy.write_nifti(bad, toy.head((20, 22, 3)))
+        assert files_below(infer(tmp_path / "in")) == ["bad_sr.nii.gz", "bad_sr.png"]
+
+    def test_missing_path_is_named(self, infer, tmp_path):
+        with pytest.raises(Exception) as error:
+            infer(tmp_path / "gone")
+        assert reason(error.value) == f"{tmp_path / 'gone'}: no such file or folder"
+
+    def test_folder_without_volumes_is_named(self, infer, tmp_path):
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(Exception) as error:
+            infer(tmp_path / "empty")
+        assert reason(error.value).startswith(f"{tmp_path / 'empty'}: holds no volume")
+
+    def test_slices_that_do_not_exist_are_refused_by_name(self, infer, tmp_path):
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
+        with pytest.raises(Exception) as error:
+            infer(path, axial_slices=[2, 9])
+        assert f"{path}: axial slices 2 to 9 asked for, but the volume has 3" in reason(error.value)
+
+    @pytest.mark.parametrize("axial_slices", [[0, 2], [3, 1], [1]])
+    def test_impossible_slices_are_refused(self, axial_slices, infer, tmp_path):
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
+        with pytest.raises(Exception) as error:
+            infer(path, axial_slices=axial_slices)
+        assert f"axial_slices must be [first, last] with 1 <= first <= last, got {axial_slices}" in whole_story(error.value)
+
+    @pytest.mark.parametrize("scale", [0, 2.5, -1, "two"])
+    def test_impossible_scale_is_refused(self, scale, infer, tmp_path):
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
+        with pytest.raises(Exception) as error:
+            infer(path, scale=scale)
+        assert f"factor must be a positive integer, got {scale!r}" in whole_story(error.value)
+        assert not (tmp_path / "out" / "a_sr.nii.gz").exists()
+
+    def test_missing_checkpoint_is_named(self, infer, tmp_path):
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
+        with pytest.raises(Exception) as error:
+            infer(path, checkpoint=str(tmp_path / "none.pt"))
+        assert str(tmp_path / "none.pt") in whole_story(error.value)
+        assert not (tmp_path / "out" / "a_sr.nii.gz").exists()
+
+    def test_checkpoint_of_another_network_is_refused(self, infer, tmp_path):
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
+        with pytest.raises(Exception):  # noqa: B017
+            infer(path, **{"network_def::num_modules": 2})
+        assert not (tmp_path / "out" / "a_sr.nii.gz").exists()
+
+    def test_output_folder_below_a_file_is_named(self, infer, tmp_path):
+        path = toy.write_nifti(tmp_path / "in" / "a.nii.gz", toy.head((20, 22, 3)))
+        (tmp_path / "file").touch()
+        with pytest.raises(Exception) as error:
+            infer(path, output_dir=tmp_path / "file" / "out")
+        assert str(tmp_path / "file") in whole_story(error.value)
+
+    def test_command_ends_with_one_line(self, checkpoints, tmp_path):
+        done = command(tmp_path, checkpoints, "--dataset_dir", "gone")
+        assert done.returncode == 1
+        assert done.stderr.strip().splitlines()[-1] == "error: gone: no such file or folder"
+        assert "Traceback" not in done.stderr
+
+
+def whole_story(error):
+    """Messages of an error and of all those behind it."""
+    story = []
+    while error is not None:
+        story.append(str(error))
+        error = error.__cause__ or error.__context__
+    return "\n".join(story)

@@ -1,0 +1,219 @@
+"""Every config, run as a user runs it, on toy volumes with a tiny network."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy
+from monai import bundle
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+
+from bundle.degradation import degrade
+from bundle.errors import reason
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+FILES = {"meta_file": str(CONFIGS / "metadata.json"), "logging_file": str(CONFIGS / "logging.conf"), "device": "$torch.device('cpu')"}
+SMALL = {
+    **toy.TINY_OVERRIDES,
+    "patch_size": 15,
+    "patches_per_volume": 8,
+    "batch_size": 8,
+    "max_epochs": 4,
+    "val_interval": 2,
+    "lr_milestones": [2, 3],
+    "warmup_iterations": 3,
+}
+
+
+def run(*configs: str, **overrides) -> None:
+    """Run the named configs in this process."""
+    bundle.run(config_file=[str(CONFIGS / f"{c}.json") for c in configs], **FILES, **overrides)
+
+
+def run_command(*configs: str, launcher: tuple[str, ...] = ("-m",), status: int = 0, **overrides) -> str:
+    """``python -m monai.bundle run`` on the named configs; returns what it printed."""
+    files = str([str(CONFIGS / f"{c}.json") for c in configs])
+    flags = [part for key, value in {**FILES, **overrides}.items() for part in (f"--{key}", str(value))]
+    command = [sys.executable, *launcher, "monai.bundle", "run", "--config_file", files, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    output = result.stdout + result.stderr
+    assert result.returncode == status, output[-3000:]
+    return output
+
+
+def two_processes() -> tuple[str, ...]:
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+
+
+def same_tensors(a: dict, b: dict, tolerance: float = 0.0) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=0, atol=tolerance) for k in a)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    toy.write_subjects(folder, 5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    """Output folder of an uninterrupted training."""
+    folder = tmp_path_factory.mktemp("trained")
+    run("train", dataset_dir=str(data), output_dir=str(folder), **SMALL)
+    return folder
+
+
+def test_training_writes_checkpoints_and_tensorboard(trained):
+    last = torch.load(trained / "models" / "last.pt", weights_only=True)
+    best = torch.load(trained / "models" / "model.pt", weights_only=True)
+    assert last["epoch"] == 4
+    assert best.keys() == last["network"].keys()
+    assert list(trained.glob("events.out.tfevents*"))
+    untrained = toy.MultiScaleResidualNet(**toy.TINY).state_dict()
+    assert not torch.equal(best["reconstruct.0.weight"], untrained["reconstruct.0.weight"])
+
+
+def test_learning_rate_follows_the_milestones(trained):
+    last = torch.load(trained / "models" / "last.pt", weights_only=True)
+    assert max(group["lr"] for group in last["optimizer"]["param_groups"]) == pytest.approx(1e-5)
+
+
+def test_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(data, trained, tmp_path):
+    # the first call stops where a killed one would have left its checkpoint
+    run("train", dataset_dir=str(data), output_dir=str(tmp_path), **{**SMALL, "max_epochs": 3})
+    run("train", dataset_dir=str(data), output_dir=str(tmp_path), resume=True, **SMALL)
+    a, b = (torch.load(folder / "models" / "last.pt", weights_only=True) for folder in (trained, tmp_path))
+    assert same_tensors(a["network"], b["network"])
+    assert a["best"] == b["best"]
+    assert (a["epoch"], a["iteration"]) == (b["epoch"], b["iteration"])
+    best = [torch.load(folder / "models" / "model.pt", weights_only=True) for folder in (trained, tmp_path)]
+    assert same_tensors(*best)
+
+
+def test_a_new_training_does_not_overwrite_an_old_one(data, trained):
+    with pytest.raises(RuntimeError) as error:
+        run("train", dataset_dir=str(data), output_dir=str(trained), **SMALL)
+    assert f"{trained / 'models' / 'last.pt'} is the checkpoint of an earlier run" in reason(error.value)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(data, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "last.pt").write_bytes(b"nothing of use")
+    output = run_command("train", dataset_dir=str(data), output_dir=str(tmp_path), resume=True, status=1, **SMALL)
+    assert output.splitlines()[-1].startswith(f"error: {tmp_path / 'models' / 'last.pt'}: not a checkpoint")
+
+
+def test_two_processes_train_the_network_of_one(data, trained, tmp_path):
+    run_command("train", "multi_gpu_train", launcher=two_processes(), dataset_dir=str(data), output_dir=str(tmp_path), **SMALL)
+    a, b = (torch.load(folder / "models" / "last.pt", weights_only=True) for folder in (trained, tmp_path))
+    assert same_tensors(a["network"], b["network"], tolerance=1e-5)
+    assert b["best"][0] == pytest.approx(a["best"][0], abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def evaluated(data, trained, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    checkpoint = trained / "models" / "last.pt"  # a training checkpoint is not what evaluation expects
+    torch.save(torch.load(checkpoint, weights_only=True)["network"], folder / "model.pt")
+    run("train", "evaluate", dataset_dir=str(data), output_dir=str(folder), checkpoint=str(folder / "model.pt"), **SMALL)
+    return folder
+
+
+def test_evaluation_scores_every_slice_of_the_test_subjects(evaluated, data):
+    with (evaluated / "metrics.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(Path(r["volume"]).name, int(r["slice"])) for r in rows] == [("sub-05.nii.gz", n) for n in range(1, toy.SHAPE[2] + 1)]
+    volume = toy.head(seed=5)
+    truth = np.clip(volume / np.percentile(volume[volume > 0], 99.9), 0, 1)
+    for row in rows:
+        hr = torch.from_numpy(truth[..., int(row["slice"]) - 1])
+        lr = degrade(hr, 2).numpy()
+        expected = peak_signal_noise_ratio(hr.numpy(), lr, data_range=1)
+        assert float(row["bicubic_psnr"]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_evaluation_sums_up_per_volume_and_overall(evaluated):
+    summary = json.loads((evaluated / "summary.json").read_text())
+    with (evaluated / "metrics.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    (volume,) = summary["volumes"].values()
+    for metric in ("psnr", "ssim", "psnr_foreground", "ssim_foreground", "bicubic_psnr", "bicubic_ssim"):
+        mean = np.nanmean([float(r[metric]) for r in rows])
+        assert volume[metric] == pytest.approx(mean)
+        assert summary["overall"][metric]["mean"] == pytest.approx(mean)
+
+
+def test_evaluation_draws_a_picture(evaluated):
+    with Image.open(evaluated / "comparison.png") as picture:
+        assert picture.width > 1000
+        assert np.asarray(picture.convert("L")).std() > 20
+
+
+def test_two_processes_measure_what_one_does(data, evaluated, tmp_path):
+    # three test volumes among two processes: none may count twice
+    settings = {**SMALL, "dataset_dir": str(data), "checkpoint": str(evaluated / "model.pt"), "split": [1, 1, 3]}
+    run("train", "evaluate", output_dir=str(tmp_path / "one"), **settings)
+    run_command("train", "evaluate", "multi_gpu_evaluate", launcher=two_processes(), output_dir=str(tmp_path / "two"), **settings)
+    one, two = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "two"))
+    assert len(one["volumes"]) == 3
+    assert one["volumes"].keys() == two["volumes"].keys()
+    for metric, value in one["overall"].items():
+        assert two["overall"][metric] == pytest.approx(value, abs=1e-5), metric
+
+
+@pytest.mark.parametrize(
+    ("protocol", "shape", "slices", "names"),
+    [
+        ("brats2015", (180, 190, 99), 35, [f"HGG/pat{n}/VSD.Brain.XX.O.MR_T1c.{n}.mha" for n in range(3)]),
+        ("iseg2017", (40, 44, 160), 30, [f"subject-{n}-T1.img" for n in range(3)]),
+        ("alvin", (40, 44, 160), 30, [f"adult {n}.nii.gz" for n in range(3)]),
+        ("ds002748", (190, 210, 120), 30, [f"sub-{n:02d}.nii.gz" for n in range(3)]),
+    ],
+)
+def test_each_protocol_reads_its_format_and_slices(protocol, shape, slices, names, tmp_path):
+    for n, name in enumerate(names):
+        writer = {".mha": toy.write_itk, ".img": toy.write_analyze}.get(Path(name).suffix, toy.write_nifti)
+        writer(tmp_path / "data" / name, toy.head(shape, seed=n))
+    checkpoint = toy.save_checkpoint(tmp_path / "tiny.pt")
+    first, last = json.loads((CONFIGS / "datasets" / f"{protocol}.json").read_text())["axial_slices"]
+    assert last - first + 1 == slices
+    # all but two slices are skipped to keep the test short; the range itself is part of the protocol
+    run(
+        "train", f"datasets/{protocol}", "evaluate", dataset_dir=str(tmp_path / "data"), output_dir=str(tmp_path / "out"),
+        checkpoint=str(checkpoint), axial_slices=[last - 1, last], **{**SMALL, "split": [1, 1, 1]},
+    )  # fmt: skip
+    with (tmp_path / "out" / "metrics.csv").open() as stream:
+        assert [int(r["slice"]) for r in csv.DictReader(stream)] == [last - 1, last]
+
+
+def test_a_volume_with_too_few_slices_is_named(tmp_path):
+    toy.write_subjects(tmp_path / "data", 3)
+    with pytest.raises(RuntimeError) as error:
+        run("train", "datasets/alvin", dataset_dir=str(tmp_path / "data"), output_dir=str(tmp_path), **{**SMALL, "split": [1, 1, 1]})
+    assert reason(error.value) == (
+        f"{tmp_path / 'data' / 'sub-01.nii.gz'}: axial slices 131 to 160 asked for, but the volume has {toy.SHAPE[2]}"
+    )
+
+
+def test_a_volume_smaller_than_a_patch_is_named(tmp_path):
+    toy.write_subjects(tmp_path / "data", 3)
+    with pytest.raises(RuntimeError) as error:
+        run("train", dataset_dir=str(tmp_path / "data"), output_dir=str(tmp_path), **{**SMALL, "patch_size": 39})
+    assert "sub-01.nii.gz: slices of 40 x 36 pixels are smaller than a patch of 39 x 39" in reason(error.value)
+
+
+def test_training_is_tracked_by_mlflow(data, tmp_path):
+    pytest.importorskip("mlflow")
+    uri = (tmp_path / "tracking").as_uri()
+    run("train", dataset_dir=str(data), output_dir=str(tmp_path), tracking="mlflow", tracking_uri=uri, **{**SMALL, "max_epochs": 2})
+    assert list(tmp_path.rglob("metrics/*"))

@@ -1,0 +1,225 @@
+"""Toy volumes in every format, and a tiny network's checkpoint. Affines are nibabel's: index to RAS+ world, in mm."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import itk
+import nibabel as nib
+import numpy as np
+import pydicom
+import torch
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+from bundle.networks import MultiScaleResidualNet
+
+SHAPE = (40, 36, 6)
+TINY = {"features": 4, "num_modules": 1}
+TINY_OVERRIDES = {f"network_def::{key}": value for key, value in TINY.items()}
+
+
+def head(shape: Sequence[int] = SHAPE, peak: float = 1000.0, seed: int = 0) -> np.ndarray:
+    """Smooth ellipsoid with a soft texture on a zero background: whole numbers in float32, different along every axis.
+
+    The background is at least a tenth of the slice wide on each side; every slice holds some of the head.
+    """
+    phase = np.random.default_rng(seed).uniform(0, 2 * np.pi, 3)
+    x, y, z = np.meshgrid(*((np.arange(n) + 0.5) / n * 2 - 1 for n in shape), indexing="ij")
+    radius = (x / 0.8) ** 2 + (y / 0.75) ** 2 + (z / 1.6) ** 2
+    texture = 0.75 + 0.12 * np.sin(7 * x + phase[0]) + 0.08 * np.sin(5 * y + 2 * x + phase[1]) + 0.05 * np.sin(3 * z + phase[2])
+    # the factor of x and y leaves no mirror symmetry
+    return np.rint(peak * np.clip(1 - radius, 0, None) ** 0.75 * texture * (1 + 0.15 * x + 0.1 * y)).astype(np.float32)
+
+
+def affine(
+    spacing: Sequence[float] = (1.0, 1.0, 2.0),
+    degrees: Sequence[float] = (0.0, 0.0, 0.0),
+    origin: Sequence[float] = (-20.0, -18.0, 5.0),
+) -> np.ndarray:
+    """Spacing in mm, then rotations about x, y and z, then the origin in mm: (4, 4)."""
+    rotation = np.eye(3)
+    for axis, angle in enumerate(np.radians(degrees)):
+        i, j = (axis + 1) % 3, (axis + 2) % 3
+        turn = np.eye(3)
+        turn[i, i] = turn[j, j] = np.cos(angle)
+        turn[j, i], turn[i, j] = np.sin(angle), -np.sin(angle)
+        rotation = turn @ rotation
+    return nib.affines.from_matvec(rotation @ np.diag(spacing), origin)
+
+
+def stored_as(axcodes: str, array: np.ndarray, to_world: np.ndarray, given: str = "RAS") -> tuple[np.ndarray, np.ndarray]:
+    """The same volume with its axes stored in another order and direction, e.g. ``"PIR"`` for sagittal slices."""
+    change = ornt_transform(axcodes2ornt(given), axcodes2ornt(axcodes))
+    stored = nib.orientations.apply_orientation(array, change)
+    return np.ascontiguousarray(stored), to_world @ inv_ornt_aff(change, array.shape)
+
+
+def write_nifti(
+    path: Path,
+    array: np.ndarray | None = None,
+    to_world: np.ndarray | None = None,
+    dtype: type = np.float32,
+    slope: float | None = None,
+    inter: float = 0.0,
+) -> Path:
+    """NIfTI of ``array`` (a head by default) in ``dtype``; with ``slope`` it is stored as ``(array - inter) / slope``."""
+    array = head() if array is None else array
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = array if slope is None else np.rint((array - inter) / slope)
+    image = nib.Nifti1Image(stored.astype(dtype), affine() if to_world is None else to_world)
+    image.header.set_data_dtype(dtype)
+    content = bytearray(image.to_bytes())
+    content[112:120] = np.array([slope or 1.0, inter], "<f4").tobytes()  # nibabel would choose its own
+    with nib.openers.Opener(path, "wb") as stream:
+        stream.write(bytes(content))
+    return path
+
+
+def write_itk(path: Path, array: np.ndarray | None = None, to_world: np.ndarray | None = None, dtype: type = np.float32) -> Path:
+    """MetaImage (``.mha``, ``.mhd``) or NRRD (``.nrrd``, ``.nhdr``), by extension. A fourth axis of ``array`` holds vectors."""
+    array = head() if array is None else array
+    to_world = affine() if to_world is None else to_world
+    path.parent.mkdir(parents=True, exist_ok=True)
+    spacing = nib.affines.voxel_sizes(to_world)
+    to_lps = np.diag([-1.0, -1.0, 1.0])
+    axes = (2, 1, 0, 3)[: array.ndim]
+    image = itk.image_from_array(np.ascontiguousarray(array.transpose(axes).astype(dtype)), is_vector=array.ndim == 4)
+    image.SetSpacing([float(s) for s in spacing])
+    image.SetOrigin([float(o) for o in to_lps @ to_world[:3, 3]])
+    image.SetDirection(itk.matrix_from_array(to_lps @ to_world[:3, :3] / spacing))
+    itk.imwrite(image, str(path), compression=path.suffix in (".mha", ".nrrd"))
+    return path
+
+
+def write_analyze(path: Path, array: np.ndarray | None = None, to_world: np.ndarray | None = None, dtype: type = np.int16) -> Path:
+    """Analyze 7.5 pair: ``path`` ends with ``.img``; the header goes to ``.hdr``. The format keeps the spacing only."""
+    array = head() if array is None else array
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.AnalyzeImage(array.astype(dtype), affine() if to_world is None else to_world).to_filename(path)
+    return path
+
+
+def write_dicom(folder: Path, array: np.ndarray | None = None, to_world: np.ndarray | None = None, extension: str = ".dcm") -> Path:
+    """DICOM series of MR slices, one file per plane of the last axis; the first axis runs along the rows of the pictures."""
+    array = head() if array is None else array
+    to_world = affine() if to_world is None else to_world
+    folder.mkdir(parents=True, exist_ok=True)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ to_world
+    spacing = nib.affines.voxel_sizes(to_world)
+    study, series, frame = (generate_uid() for _ in range(3))
+    for k in range(array.shape[2]):
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID = MRImageStorage
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        path = folder / f"slice{k + 1:03d}{extension}"
+        ds = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+        ds.SOPClassUID, ds.SOPInstanceUID = MRImageStorage, meta.MediaStorageSOPInstanceUID
+        ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.FrameOfReferenceUID = study, series, frame
+        ds.PatientName, ds.PatientID, ds.Modality = "Toy^Head", "toy", "MR"
+        ds.StudyDate = datetime.date(2020, 1, 1).strftime("%Y%m%d")
+        ds.SeriesNumber, ds.InstanceNumber = 1, k + 1
+        ds.ImagePositionPatient = [f"{v:.9g}" for v in lps[:3, 3] + k * lps[:3, 2]]
+        ds.ImageOrientationPatient = [f"{v:.9g}" for v in (*lps[:3, 0] / spacing[0], *lps[:3, 1] / spacing[1])]
+        ds.PixelSpacing = [f"{spacing[1]:.9g}", f"{spacing[0]:.9g}"]
+        ds.SliceThickness = f"{spacing[2]:.9g}"
+        ds.Rows, ds.Columns = array.shape[1], array.shape[0]
+        ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+        ds.BitsAllocated = ds.BitsStored = 16
+        ds.HighBit, ds.PixelRepresentation = 15, 1
+        ds.PixelData = array[..., k].T.astype("<i2").tobytes()
+        pydicom.dcmwrite(path, ds, enforce_file_format=True)
+    return folder
+
+
+def write_subjects(folder: Path, count: int = 5, shape: Sequence[int] = SHAPE) -> list[Path]:
+    """``sub-01.nii.gz`` and so on, each another head."""
+    return [write_nifti(folder / f"sub-{n:02d}.nii.gz", head(shape, seed=n)) for n in range(1, count + 1)]
+
+
+def save_checkpoint(path: Path, random: bool = True, seed: int = 0) -> Path:
+    """Weights of the network of ``TINY``: random, small ones; or those of an untrained one, which returns its input."""
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    network = MultiScaleResidualNet(**TINY)
+    if random:
+        torch.nn.init.normal_(network.reconstruct[0].weight, std=0.05)
+    torch.set_rng_state(generator_state)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def _bytes(content: bytes, name: str = "bad.nii.gz") -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return write
+
+
+def _nifti(change: Callable[[np.ndarray], np.ndarray], dtype: type = np.float32) -> Callable[[Path], Path]:
+    return lambda folder: write_nifti(folder / "bad.nii.gz", change(head()), dtype=dtype)
+
+
+def _with_voxel(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def change(array: np.ndarray) -> np.ndarray:
+        array[20, 18, 3] = value
+        return array
+
+    return change
+
+
+def _truncated(name: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        path = write_nifti(folder / name, np.random.default_rng(0).random(SHAPE) * 100)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        return path
+
+    return write
+
+
+def _rgb(folder: Path) -> Path:
+    colours = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    colours["R"] = head() / 4
+    nib.Nifti1Image(colours, affine()).to_filename(folder / "bad.nii.gz")
+    return folder / "bad.nii.gz"
+
+
+def _singular(folder: Path) -> Path:
+    path = write_nifti(folder / "bad.nii")
+    content = bytearray(path.read_bytes())
+    content[252:256] = np.array([0, 1], "<i2").tobytes()  # qform code, sform code
+    parallel = [[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 2, 0]]  # of columns as long as pixdim says, or MONAI takes the qform
+    content[280:328] = np.array(parallel, "<f4").tobytes()
+    path.write_bytes(content)
+    return path
+
+
+def _without_raw(folder: Path) -> Path:
+    path = write_itk(folder / "bad.mhd")
+    path.with_suffix(".raw").unlink()
+    return path
+
+
+# what is wrong -> function that writes the file below a folder and returns its path, whose name starts with "bad"
+BAD_VOLUMES: dict[str, Callable[[Path], Path]] = {
+    "no bytes": _bytes(b""),
+    "truncated gzip": _truncated("bad.nii.gz"),
+    "truncated": _truncated("bad.nii"),
+    "text": _bytes(b"not a volume\n" * 50, "bad.nii"),
+    "no raw file": _without_raw,
+    "one plane": _nifti(lambda array: array[..., 3]),
+    "time series": _nifti(lambda array: np.stack([array] * 3, -1)),
+    "colours": _rgb,
+    "vectors": lambda folder: write_itk(folder / "bad.mha", np.stack([head()] * 3, -1)),
+    "NaN": _nifti(_with_voxel(np.nan)),
+    "infinite": _nifti(_with_voxel(np.inf)),
+    "constant": _nifti(lambda array: np.full_like(array, 7), np.int16),
+    "all zero": _nifti(np.zeros_like, np.uint8),
+    "singular affine": _singular,
+}

@@ -62,7 +62,7 @@ def degrade(image: Tensor, factor: int, mode: str = "bicubic") -> Tensor:
 def check_factor(factor: int) -> None:
     """Refuse what is not a positive integer."""
     if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
-        raise InputError(f"the factor (scale) must be a positive integer, got {factor!r}")
+        raise InputError(f"factor must be a positive integer, got {factor!r}")
 
 
 def _check_mode(mode: str) -> None:

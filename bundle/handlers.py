@@ -136,7 +136,7 @@ class EvaluationReport:
         if idist.get_world_size() > 1:
             gathered: list = [None] * idist.get_world_size()
             torch.distributed.all_gather_object(gathered, rows)
-            rows = sorted(sum(gathered, []), key=lambda row: (row["volume"], row["slice"]))
+            rows = sorted((row for part in gathered for row in part), key=lambda row: (row["volume"], row["slice"]))
         if idist.get_rank() > 0:
             return
         summary = summarise(rows)

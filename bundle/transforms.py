@@ -224,8 +224,6 @@ class UpsampleInPlaned(MapTransform):
             to_given[:2, 3] = (1 / self.factor - 1) / 2
             refined = MetaTensor(refined, meta=image.meta, applied_operations=image.applied_operations)
             refined.affine = image.affine.to(torch.float64) @ to_given
-            # what follows must take the refined grid for the volume's own
-            refined.meta["spatial_shape"] = np.asarray(refined.shape[1:])
             d[key] = refined
         return d
 

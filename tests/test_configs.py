@@ -1,0 +1,126 @@
+"""What the configs say, and that they agree with each other, with MONAI and with the package."""
+
+import json
+import re
+from importlib import metadata
+from pathlib import Path
+
+import jsonschema
+import pytest
+import tomllib
+import torch
+import toy
+from monai.bundle import ConfigWorkflow, verify_net_in_out
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+
+
+def config(name: str) -> dict:
+    return json.loads((CONFIGS / f"{name}.json").read_text())
+
+
+def test_metadata_follow_the_schema():
+    schema = json.loads((Path(__file__).parent / "metadata_schema.json").read_text())
+    jsonschema.validate(config("metadata"), schema)
+
+
+@pytest.mark.parametrize(("key", "value"), [("version", 1), ("changelog", {}), ("name", ""), ("network_data_format", {"inputs": {}})])
+def test_the_schema_refuses(key, value):
+    schema = json.loads((Path(__file__).parent / "metadata_schema.json").read_text())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**config("metadata"), key: value}, schema)
+
+
+def test_version_is_one_and_in_the_changelog():
+    meta = config("metadata")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert meta["version"] == project["version"]
+    assert meta["version"] in meta["changelog"]
+
+
+def test_required_packages_are_dependencies():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[\w-]+", requirement).group() for requirement in project["dependencies"]}
+    assert set(config("metadata")["required_packages_version"]) == names - {"torch", "monai"}
+    assert config("metadata")["monai_version"] == metadata.version("monai")
+
+
+def test_training_and_inference_agree():
+    train, inference = config("train"), config("inference")
+    for key in ("network_def", "network", "device", "bundle_root", "fft_convolutions", "reader", "scale"):
+        assert train[key] == inference[key], key
+    # loading and orientation are the same; training clips what inference must not
+    a, b = (c["preprocessing"]["transforms"] for c in (train, inference))
+    assert a[:2] == b[:2]
+    assert a[2] == {**b[2], "clip": True}
+    assert a[3] == b[3]
+    for key in ("_target_", "roi_size", "spatial_dim"):
+        assert train["validate"]["inferer"][key] == inference["inferer"][key]
+
+
+def test_the_paper_s_settings_are_the_defaults():
+    train = config("train")
+    expected = {"patch_size": 31, "batch_size": 64, "max_epochs": 90, "learning_rate": 1e-3, "lr_milestones": [30, 60], "tv_weight": 0.1}
+    assert {key: train[key] for key in expected} == expected
+    assert train["optimizer"]["weight_decay"] == 1e-4
+    assert train["optimizer"]["betas"][0] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("protocol", "axial_slices", "crop_size", "split"),
+    [
+        ("iseg2017", [131, 160], None, [9, 2, 4]),
+        ("alvin", [131, 160], None, [9, 2, 4]),
+        ("brats2015", [65, 99], [155, 177], [13, 2, 5]),
+        ("ds002748", [91, 120], [184, 208], [15, 5, 10]),
+    ],
+)
+def test_protocols(protocol, axial_slices, crop_size, split):
+    values = config(f"datasets/{protocol}")
+    assert (values["axial_slices"], values.get("crop_size"), values["split"]) == (axial_slices, crop_size, split)
+    assert values.keys() <= config("train").keys()  # an overlay only sets what train.json has
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    toy.write_subjects(folder, 3)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("files", "kind"), [(["train"], "train"), (["train", "evaluate"], "train"), (["inference"], "infer")])
+def test_workflow_has_the_properties_of_a_bundle(files, kind, data):
+    workflow = ConfigWorkflow(
+        config_file=[str(CONFIGS / f"{f}.json") for f in files],
+        meta_file=str(CONFIGS / "metadata.json"),
+        logging_file=str(CONFIGS / "logging.conf"),
+        workflow_type=kind,
+        dataset_dir=data,
+        patch_size=15,
+        **toy.TINY_OVERRIDES,
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+
+
+@pytest.mark.parametrize("name", ["train", "inference"])
+def test_network_maps_what_the_metadata_say(name):
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(CONFIGS / "metadata.json"),
+        config_file=str(CONFIGS / f"{name}.json"),
+        device="cpu",
+        **toy.TINY_OVERRIDES,
+    )
+
+
+def test_shipped_weights_fit_the_default_network():
+    from bundle.networks import MultiScaleResidualNet
+
+    path = ROOT / "models" / "model.pt"
+    assert path.stat().st_size < 25e6
+    assert list(path.parent.glob("*.pt")) == [path]
+    state = torch.load(path, weights_only=True)
+    MultiScaleResidualNet().load_state_dict(state)
+    assert all(torch.isfinite(v).all() for v in state.values())

@@ -28,7 +28,7 @@ class VolumeInference(SupervisedEvaluator):
         self.output_dir = Path(output_dir)
         self.failures: list[tuple[str, str]] = []
 
-    def run(self, global_epoch: int = 1) -> None:
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]  # MONAI's evaluators take an epoch, Ignite's data
         """Work through all volumes.
 
         Raises:

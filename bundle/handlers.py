@@ -9,6 +9,7 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import InputError
@@ -36,7 +37,7 @@ class Checkpoints:
         resume: whether to go on from ``last.pt`` where there is one.
     """
 
-    def __init__(self, save_dir: str, network, optimizer, lr_scheduler, evaluator: Engine | None = None, resume: bool = False):
+    def __init__(self, save_dir: str, network, optimizer, lr_scheduler, evaluator: SupervisedEvaluator | None = None, resume: bool = False):
         self.last, self.best = Path(save_dir) / "last.pt", Path(save_dir) / "model.pt"
         self.network = network.module if isinstance(network, DistributedDataParallel) else network
         self.parts = {"network": self.network, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
@@ -46,7 +47,7 @@ class Checkpoints:
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
 
-    def start(self, trainer: Engine) -> None:
+    def start(self, trainer: SupervisedTrainer) -> None:
         """Go on from ``last.pt`` if asked to.
 
         Raises:
@@ -66,17 +67,16 @@ class Checkpoints:
             raise InputError(f"{self.last}: not a checkpoint of this training ({str(e).splitlines()[0]})") from e
         trainer.state.iteration, trainer.state.epoch = state["iteration"], state["epoch"]
         torch.set_rng_state(state["random_state"])
-        if getattr(trainer, "scaler", None) is not None and state["scaler"]:
+        if trainer.scaler is not None and state["scaler"]:
             trainer.scaler.load_state_dict(state["scaler"])
         if self.evaluator is not None:
             self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = state["best"]
         logger.info("going on from %s after epoch %d", self.last, state["epoch"])
 
-    def save(self, trainer: Engine) -> None:
+    def save(self, trainer: SupervisedTrainer) -> None:
         """Write ``last.pt``, and ``model.pt`` where this epoch is the best one."""
         if idist.get_rank() > 0:
             return
-        scaler = getattr(trainer, "scaler", None)
         best = (self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch) if self.evaluator else (-1, -1)
         if best[1] in (trainer.state.epoch, -1):
             write_whole(self.best, lambda part: torch.save(self.network.state_dict(), part))
@@ -85,7 +85,7 @@ class Checkpoints:
             "iteration": trainer.state.iteration,
             "epoch": trainer.state.epoch,
             "random_state": torch.get_rng_state(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            "scaler": trainer.scaler.state_dict() if trainer.scaler is not None else None,
             "best": best,
         }
         write_whole(self.last, lambda part: torch.save(state, part))
@@ -115,7 +115,7 @@ class EvaluationReport:
 
     def measure(self, engine: Engine) -> None:
         """Measure the volumes of one iteration."""
-        for item in engine.state.output:
+        for item in engine.state.output:  # type: ignore[union-attr]  # a list after decollation
             # (1, X, Y, Z) to slices (Z, 1, X, Y)
             truth, given, result = (item[key].as_tensor().detach().cpu().movedim(-1, 0) for key in ("label", "image", "pred"))
             columns = {}

@@ -44,13 +44,10 @@ class LoadVolumed(MapTransform):
         super().__init__(keys)
         self.loader = LoadImage(reader=reader, image_only=True, ensure_channel_first=True, dtype=np.float32)
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict:
-        d = dict(data)
-        for key in self.keys:
-            d[key] = self._load(d[key])
-        return d
+    def __call__(self, data: Mapping[Hashable, str]) -> dict:
+        return {**data, **{key: self._load(data[key]) for key in self.keys}}
 
-    def _load(self, path: object) -> MetaTensor:
+    def _load(self, path: str) -> MetaTensor:
         try:
             image = self.loader(path)
         except Exception as e:  # a reader can fail in any way on a damaged file
@@ -89,7 +86,7 @@ class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):
         self.percentile, self.clip = percentile, clip
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
-        d = dict(data)
+        d: dict = dict(data)
         for key in self.keys:
             magnitudes = d[key].as_tensor().abs().numpy()
             # torch.quantile refuses more than 16 million elements

@@ -2,12 +2,12 @@
 
 import json
 import re
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import jsonschema
 import pytest
-import tomllib
 import torch
 import toy
 from monai.bundle import ConfigWorkflow, verify_net_in_out

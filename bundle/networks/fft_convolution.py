@@ -104,7 +104,8 @@ class _FFTConvolution(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, start: int, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
         """x (h, w, M, C_in) holds positions start, start + 1, ...; returns (size[0], size[1], M, C_out) at positions 0, 1, ..."""
         margin = weight.shape[-1] // 2
-        points = tuple(length if start else length + margin for length in x.shape[:2])
+        extra = 0 if start else margin  # tiles cut from an image already hold their margin
+        points = (x.shape[0] + extra, x.shape[1] + extra)
         kernel = weight.permute(2, 3, 1, 0).contiguous()
         xr, xi = _transform(x, points, start, sign=-1)
         kr, ki = _transform(kernel, points, -margin, sign=1)

@@ -41,8 +41,8 @@ class MultiScaleResidualNet(nn.Module):
         self.extract = nn.Sequential(_conv(1, features, 3), nn.PReLU(), _conv(features, features, 3), nn.PReLU())
         self.mapping = nn.ModuleList(MultiScaleResidualModule(features, multi_scale) for _ in range(num_modules))
         self.reconstruct = nn.Sequential(_conv(features, 1, 3), nn.PReLU())
-        nn.init.zeros_(self.reconstruct[0].weight)
-        nn.init.zeros_(self.reconstruct[0].bias)
+        for parameter in self.reconstruct[0].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1, H, W) -> (N, 1, H, W)."""

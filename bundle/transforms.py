@@ -54,7 +54,7 @@ class LoadVolumed(MapTransform):
             lines = str(e.__cause__ or e).split("\n\n")[0].strip().splitlines() or [type(e).__name__]
             raise InputError(f"{path}: cannot be read as a volume ({lines[-1].strip()})") from e
         sides = " x ".join(str(n) for n in image.shape[1:])
-        if image.ndim != 4 or image.shape[0] != 1 or min(image.shape[1:]) < 1 or image.shape[-1] * image.shape[-2] == 1:
+        if image.ndim != 4 or image.shape[0] != 1:
             raise InputError(f"{path}: one grey-scale volume expected, got {image.shape[0]} channel(s) of {sides} voxels")
         if not torch.isfinite(image).all():
             raise InputError(f"{path}: {int((~torch.isfinite(image)).sum())} voxels are not finite (NaN or infinite)")

@@ -210,7 +210,7 @@ def test_a_volume_with_too_few_slices_is_named(tmp_path):
 def test_a_volume_smaller_than_a_patch_is_named(tmp_path):
     toy.write_subjects(tmp_path / "data", 3)
     with pytest.raises(RuntimeError) as error:
-        run("train", dataset_dir=str(tmp_path / "data"), output_dir=str(tmp_path), **{**SMALL, "patch_size": 39})
+        run("train", dataset_dir=str(tmp_path / "data"), output_dir=str(tmp_path), **{**SMALL, "patch_size": 39, "split": [1, 1, 1]})
     assert "sub-01.nii.gz: slices of 40 x 36 pixels are smaller than a patch of 39 x 39" in reason(error.value)
 
 

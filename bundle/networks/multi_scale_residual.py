@@ -28,6 +28,7 @@ class MultiScaleResidualNet(nn.Module):
         ValueError: when ``features`` or ``num_modules`` is not positive.
 
     Example:
+        >>> import torch
         >>> net = MultiScaleResidualNet(features=8, num_modules=1)
         >>> x = torch.rand(2, 1, 31, 20)
         >>> torch.equal(net(x), x)

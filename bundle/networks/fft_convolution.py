@@ -21,6 +21,7 @@ from torch.nn import functional as F
 __all__ = ["FFTConv2d", "use_fft_convolutions"]
 
 TILE = 32  # largest side transformed at once: arithmetic falls with the tile, the memory of the spectra rises
+MAX_PIXELS = 256 * 256  # of a slice; beyond, the spectra outgrow the caches and the direct convolution is faster
 MIN_CHANNELS = 32  # below this the transforms cost more than they save
 
 
@@ -31,6 +32,8 @@ class FFTConv2d(nn.Conv2d):
         """(N, C_in, H, W) -> (N, C_out, H, W)."""
         margin = self.kernel_size[0] // 2
         height, width = input.shape[-2:]
+        if height * width > MAX_PIXELS:
+            return super().forward(input)
         if max(height, width) <= TILE:
             tiles, start, size = input.permute(2, 3, 0, 1), 0, (height, width)
         else:

@@ -35,9 +35,10 @@ def find_volumes(path: str | Path, pattern: str | Sequence[str] | None = None) -
     if path.is_file():
         return [str(path)]
     patterns = VOLUME_PATTERNS if pattern is None else [pattern] if isinstance(pattern, str) else pattern
-    files = {str(f) for p in patterns for f in path.rglob(p) if f.is_file() and not f.name.startswith(".")}
+    visible = [f for f in path.rglob("*") if f.is_file() and not f.name.startswith(".")]
+    files = {str(f) for f in visible if any(f.match(p) for p in patterns)}
     if pattern is None:
-        files |= {str(f.parent) for f in path.rglob("*") if f.is_file() and not f.name.startswith(".") and _is_dicom(f)}
+        files |= {str(f.parent) for f in visible if _is_dicom(f)}
     if not files:
         raise InputError(f"{path}: holds no volume ({', '.join(patterns)}{', DICOM' if pattern is None else ''})")
     return sorted(files)

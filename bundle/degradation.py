@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from .errors import InputError
 
-__all__ = ["DEGRADATIONS", "check_factor", "degrade", "downsample", "upsample"]
+__all__ = ["DEGRADATIONS", "INTERPOLATIONS", "check_factor", "degrade", "downsample", "upsample"]
 
 DEGRADATIONS = ("bicubic", "kspace")
+INTERPOLATIONS = ("bicubic", "kspace", "bilinear", "nearest")
 
 
 def downsample(image: Tensor, factor: int, mode: str = "bicubic") -> Tensor:
@@ -35,7 +36,7 @@ def downsample(image: Tensor, factor: int, mode: str = "bicubic") -> Tensor:
     Raises:
         ValueError: for an unknown ``mode``, or a ``factor`` that is not a positive integer (:class:`~bundle.errors.InputError`).
     """
-    _check_mode(mode)
+    _check_mode(mode, DEGRADATIONS)
     check_factor(factor)
     height, width = image.shape[-2:]
     image = _pad_end(image, -height % factor, -width % factor)
@@ -46,17 +47,23 @@ def downsample(image: Tensor, factor: int, mode: str = "bicubic") -> Tensor:
 def upsample(image: Tensor, factor: int, mode: str = "bicubic") -> Tensor:
     """Image on a grid refined by ``factor``: (..., H, W) to (..., factor H, factor W). Arguments as of :func:`downsample`.
 
-    ``"bicubic"`` interpolates with the same kernel; ``"kspace"`` fills the outer k-space with zeros.
+    ``"bicubic"`` interpolates with the same kernel; ``"kspace"`` fills the outer k-space with zeros; ``"bilinear"`` and
+    ``"nearest"`` are there to be compared with.
     """
-    _check_mode(mode)
+    _check_mode(mode, INTERPOLATIONS)
     check_factor(factor)
     size = (image.shape[-2] * factor, image.shape[-1] * factor)
-    return _resize(image, size) if mode == "bicubic" else _resize_kspace(image, size)
+    return _resize_kspace(image, size) if mode == "kspace" else _resize(image, size, mode)
 
 
-def degrade(image: Tensor, factor: int, mode: str = "bicubic") -> Tensor:
-    """Down- and up-sampled image, (..., H, W) to the same shape: the network's input for the target ``image`` (section 3.3)."""
-    return upsample(downsample(image, factor, mode), factor, mode)[..., : image.shape[-2], : image.shape[-1]]
+def degrade(image: Tensor, factor: int, mode: str = "bicubic", interpolation: str | None = None) -> Tensor:
+    """Down- and up-sampled image, (..., H, W) to the same shape: the network's input for the target ``image`` (section 3.3).
+
+    Args:
+        image, factor, mode: see :func:`downsample`.
+        interpolation: mode of :func:`upsample`; ``None`` is that of the degradation.
+    """
+    return upsample(downsample(image, factor, mode), factor, interpolation or mode)[..., : image.shape[-2], : image.shape[-1]]
 
 
 def check_factor(factor: int) -> None:
@@ -65,9 +72,9 @@ def check_factor(factor: int) -> None:
         raise InputError(f"factor must be a positive integer, got {factor!r}")
 
 
-def _check_mode(mode: str) -> None:
-    if mode not in DEGRADATIONS:
-        raise ValueError(f"mode must be one of {DEGRADATIONS}, got {mode!r}")
+def _check_mode(mode: str, known: tuple[str, ...]) -> None:
+    if mode not in known:
+        raise ValueError(f"mode must be one of {known}, got {mode!r}")
 
 
 def _pad_end(image: Tensor, rows: int, columns: int) -> Tensor:
@@ -78,10 +85,12 @@ def _pad_end(image: Tensor, rows: int, columns: int) -> Tensor:
     return image
 
 
-def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    # antialias=True selects a = -0.5 when enlarging too, where nothing needs to be smoothed
+def _resize(image: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
     flat = image.reshape(-1, 1, *image.shape[-2:])
-    flat = F.interpolate(flat, size=size, mode="bicubic", antialias=True, align_corners=False)
+    if mode == "nearest":
+        flat = F.interpolate(flat, size=size, mode="nearest-exact")
+    else:  # antialias=True selects a = -0.5 for bicubic when enlarging too, where nothing needs to be smoothed
+        flat = F.interpolate(flat, size=size, mode=mode, antialias=True, align_corners=False)
     return flat.view(*image.shape[:-2], *size)
 
 

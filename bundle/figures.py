@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +22,10 @@ class Panel(NamedTuple):
     vmin: float = 0.0
     vmax: float = 1.0
     colours: str = "gray"
+    error: Tensor | None = None  # (X, Y), drawn below from 0 to 0.1
 
 
-def save_panels(path: Path, panels: Sequence[Panel], aspect: float = 1.0, zoom: float = 0.0) -> None:
+def save_panels(path: Path, panels: Sequence[Panel], aspect: float = 1.0, zoom: float = 0.0, columns: int | None = None) -> None:
     """Slices side by side as a PNG: anterior up, the patient's right on the right.
 
     Args:
@@ -31,19 +33,26 @@ def save_panels(path: Path, panels: Sequence[Panel], aspect: float = 1.0, zoom: 
         panels: slices of one shape.
         aspect: height of a pixel over its width, i.e. spacing along Y over spacing along X.
         zoom: side of the square cut out around the brightest region for a second row, as a fraction of the slice; 0 for none.
+        columns: panels in a row of the figure; ``None`` puts all into one.
     """
     width, height = panels[0].image.shape
-    rows = 2 if zoom else 1
-    figure = Figure(figsize=(3.4 * len(panels), rows * 3.4 * min(2.0, max(0.5, aspect * height / width)) + 0.3), layout="constrained")
-    axes = figure.subplots(rows, len(panels), squeeze=False)
-    for column, panel in enumerate(panels):
+    columns = min(columns or len(panels), len(panels))
+    rows = 1 + bool(zoom) + any(panel.error is not None for panel in panels)  # of one panel: slice, window, error
+    bands = math.ceil(len(panels) / columns)
+    side = 3.4 * min(2.0, max(0.5, aspect * height / width))
+    figure = Figure(figsize=(3.4 * columns, bands * (rows * side + 0.3)), layout="constrained")
+    axes = figure.subplots(bands * rows, columns, squeeze=False)
+    for number, panel in enumerate(panels):
+        cells = axes[rows * (number // columns) :, number % columns]
         image = panel.image.detach().float().cpu().numpy().T
         style = {"cmap": panel.colours, "vmin": panel.vmin, "vmax": panel.vmax, "origin": "lower", "interpolation": "nearest"}
-        axes[0, column].imshow(image, aspect=aspect, **style)
-        axes[0, column].set_title(panel.title, fontsize=10)
+        cells[0].imshow(image, aspect=aspect, **style)
+        cells[0].set_title(panel.title, fontsize=10)
         if zoom:
-            window = _window(panels[0].image, zoom)
-            axes[1, column].imshow(image[window], aspect=aspect, **style)
+            cells[1].imshow(image[_window(panels[0].image, zoom)], aspect=aspect, **style)
+        if panel.error is not None:
+            error = panel.error.detach().float().cpu().numpy().T
+            cells[rows - 1].imshow(error, aspect=aspect, **{**style, "cmap": "magma", "vmin": 0, "vmax": 0.1})
     for axis in axes.flat:
         axis.set_axis_off()
     write_whole(path, lambda part: figure.savefig(part, dpi=110))

@@ -176,19 +176,21 @@ class Degraded(MapTransform):
     Args:
         keys: the high-resolution volume (1, X, Y, Z); replaced by the low-resolution one, interpolated to the same grid.
         target_key: where the high-resolution volume goes.
-        factor, mode: see :func:`bundle.degradation.degrade`.
+        factor, mode, interpolation: see :func:`bundle.degradation.degrade`.
     """
 
-    def __init__(self, keys: KeysCollection, target_key: str = "label", factor: int = 2, mode: str = "bicubic") -> None:
+    def __init__(
+        self, keys: KeysCollection, target_key: str = "label", factor: int = 2, mode: str = "bicubic", interpolation: str | None = None
+    ) -> None:
         super().__init__(keys)
-        self.target_key, self.factor, self.mode = target_key, factor, mode
+        self.target_key, self.factor, self.mode, self.interpolation = target_key, factor, mode, interpolation
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         d = dict(data)
         for key in self.keys:
             d[self.target_key] = d[key]
             slices = d[key].as_tensor().movedim(-1, 0)
-            degraded = degrade(slices, self.factor, self.mode).movedim(0, -1).contiguous()
+            degraded = degrade(slices, self.factor, self.mode, self.interpolation).movedim(0, -1).contiguous()
             d[key] = MetaTensor(degraded, meta=d[key].meta)
         return d
 

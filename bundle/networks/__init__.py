@@ -3,10 +3,33 @@
 from torch import device
 from torch.nn import Module
 
+from .drcn import DRCN
+from .drrn import DRRN
 from .fft_convolution import FFTConv2d, use_fft_convolutions
+from .fsrcnn import FSRCNN
 from .multi_scale_residual import MultiScaleResidualNet
+from .rcan import RCAN
+from .rdn import RDN
+from .srcnn import SRCNN
+from .srdensenet import SRDenseNet
+from .srresnet import SRResNet
+from .vdsr import VDSR
 
-__all__ = ["FFTConv2d", "MultiScaleResidualNet", "prepare", "use_fft_convolutions"]
+__all__ = [
+    "DRCN",
+    "DRRN",
+    "FSRCNN",
+    "RCAN",
+    "RDN",
+    "SRCNN",
+    "VDSR",
+    "FFTConv2d",
+    "MultiScaleResidualNet",
+    "SRDenseNet",
+    "SRResNet",
+    "prepare",
+    "use_fft_convolutions",
+]
 
 
 def prepare(network: Module, device: device, fft_convolutions: bool = False) -> Module:

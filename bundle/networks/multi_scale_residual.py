@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .initialization import start_at_zero
+
 __all__ = ["MultiScaleResidualNet"]
 
 
@@ -41,9 +43,7 @@ class MultiScaleResidualNet(nn.Module):
             raise ValueError(f"features and num_modules must be positive, got {features} and {num_modules}")
         self.extract = nn.Sequential(_conv(1, features, 3), nn.PReLU(), _conv(features, features, 3), nn.PReLU())
         self.mapping = nn.ModuleList(MultiScaleResidualModule(features, multi_scale) for _ in range(num_modules))
-        self.reconstruct = nn.Sequential(_conv(features, 1, 3), nn.PReLU())
-        for parameter in self.reconstruct[0].parameters():
-            nn.init.zeros_(parameter)
+        self.reconstruct = nn.Sequential(start_at_zero(_conv(features, 1, 3)), nn.PReLU())
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1, H, W) -> (N, 1, H, W)."""

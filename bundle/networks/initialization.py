@@ -1,0 +1,37 @@
+"""How the networks start: at the interpolated image, so that training improves on interpolation from the first step.
+
+Default initialisations start far below it and spend their first epochs learning to copy the input (``docs/results.md``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+__all__ = ["pass_image_through", "start_at_zero"]
+
+
+def start_at_zero(convolution: nn.Conv2d) -> nn.Conv2d:
+    """For the last convolution before a global residual: the untrained network returns its input."""
+    for parameter in convolution.parameters():
+        nn.init.zeros_(parameter)
+    return convolution
+
+
+@torch.no_grad()
+def pass_image_through(convolutions: list[nn.Conv2d | nn.ConvTranspose2d]) -> None:
+    """For a network without a global residual: the first channel carries the image, and the last layer takes no other.
+
+    An image without negative values passes ReLU and PReLU unchanged, so the untrained network returns its input. The other
+    channels keep their initial weights.
+
+    Args:
+        convolutions: the layers in their order; the first one takes 1 channel, the last one gives 1.
+    """
+    start_at_zero(convolutions[-1])  # type: ignore[arg-type]
+    for convolution in convolutions:
+        weight = convolution.weight.transpose(0, 1) if isinstance(convolution, nn.ConvTranspose2d) else convolution.weight
+        nn.init.zeros_(weight[0])
+        weight[0, 0, weight.shape[2] // 2, weight.shape[3] // 2] = 1
+        if convolution.bias is not None:
+            convolution.bias[0] = 0

@@ -221,6 +221,8 @@ class UpsampleInPlaned(MapTransform):
             to_given[:2, 3] = (1 / self.factor - 1) / 2
             refined = MetaTensor(refined, meta=image.meta, applied_operations=image.applied_operations)
             refined.affine = image.affine.to(torch.float64) @ to_given
+            for given in ("spatial_shape", "original_affine"):  # servers put a result back on the grid they find here
+                refined.meta.pop(given, None)
             d[key] = refined
         return d
 

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import csv
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from monai.engines import SupervisedEvaluator
+from monai.transforms import Compose
 
 from .errors import InputError, reason
 from .files import write_whole
@@ -20,11 +22,12 @@ class VolumeInference(SupervisedEvaluator):
 
     Args:
         output_dir: where ``failed.csv`` (volume, reason) is written when a volume failed.
+        inspection, postprocessing, saving: transforms of a sample, run one after the other once the network has returned.
         kwargs: of :class:`monai.engines.SupervisedEvaluator`.
     """
 
-    def __init__(self, output_dir: str, **kwargs) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, output_dir: str, inspection: Callable, postprocessing: Callable, saving: Callable, **kwargs) -> None:
+        super().__init__(postprocessing=Compose([inspection, postprocessing, saving]), **kwargs)
         self.output_dir = Path(output_dir)
         self.failures: list[tuple[str, str]] = []
 

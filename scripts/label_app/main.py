@@ -237,13 +237,9 @@ class FineTuning(TrainTask):
 
         folder = self.fine_tuned.with_name("fine_tuning")
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
-        start = {
-            "_target_": "CheckpointLoader",
-            "load_path": self.task.get_path(),
-            "load_dict": {"model": "@network"},
-            "map_location": "@device",
-        }
-        handlers = ConfigParser.load_config_file(str(CONFIGS / "train.json"))["train"]["handlers"]
+        train, inference = (ConfigParser.load_config_file(str(CONFIGS / f"{name}.json")) for name in ("train", "inference"))
+        start = {**inference["handlers"][0], "load_path": self.task.get_path()}
+        handlers = train["train"]["handlers"]
         for handler in handlers:
             if handler["_target_"] == "ValidationHandler":
                 handler["exec_at_start"] = True  # what is no better than the start is not kept

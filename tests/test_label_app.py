@@ -263,6 +263,9 @@ def test_next_sample_opens_each_result_once_as_a_volume(server, expected):
         server.next_sample()
     assert f"{server.studies / 'constant.nii.gz'}: every voxel has the value 7" in error.value.msg
     assert server.client.info()["datastore"]["total"] == 4
+    with pytest.raises(Exception) as error:
+        server.next_sample(axial_slices="all")
+    assert "axial_slices must be like [90, 97], got 'all'" in error.value.msg
     # other settings, other results
     sample = server.next_sample(scale="3", axial_slices="[2, 3]")
     assert sorted(nib.load(sample["path"]).shape) == [2, 108, 120]

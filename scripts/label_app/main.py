@@ -136,17 +136,31 @@ class SuperResolution(InferTask):
             except Exception as e:
                 raise HTTPException(422, failure_in(folder) or reason(e)) from e
 
-    def add_result(self, scan: str, request: dict, datastore: Datastore) -> str:
-        """Identifier of a scan's result in the datastore, computed unless the same weights and options have made it before."""
+    def note(self, request: dict) -> dict:
+        """What a result is made with, for the datastore.
+
+        Raises:
+            HTTPException: when the request chooses what it may not.
+        """
+        try:
+            return {"weights": file_checksum(self.get_path()), **options_of(request)}
+        except InputError as e:
+            raise HTTPException(422, str(e)) from e
+
+    def add_result(self, scan: str, note: dict, request: dict, datastore: Datastore) -> str:
+        """Identifier of a scan's result in the datastore, computed unless it is there, made with what ``note`` says."""
         name = f"{scan}_sr"
-        note = {"scan": scan, "weights": file_checksum(self.get_path()), **options_of(request)}
         old_note = datastore.get_image_info(name).get(NAME)
         if old_note is None and name in datastore.list_images():
             raise HTTPException(422, f"{datastore.get_image_uri(name)} was not made by this server: it is not overwritten")
         if old_note != note:
             file, _ = self({**request, "image": datastore.get_image_uri(scan), "result_extension": ".nii.gz"})
-            datastore.add_image(name, file, {NAME: note})
-            os.unlink(file)
+            try:
+                datastore.add_image(name, file, {NAME: note})
+            except OSError as e:
+                raise HTTPException(422, f"{name}: cannot be written ({e.strerror})") from e
+            finally:
+                os.unlink(file)
         return name
 
 
@@ -168,12 +182,12 @@ class NextResult(Strategy):
     def __call__(self, request: dict, datastore: Datastore) -> dict:
         """
         Raises:
-            HTTPException: when no result is left to be opened and scans failed, with their reasons.
+            HTTPException: when no result is left to be opened and scans failed, with the reason of the first.
         """
-        failures = []
+        note, failures = self.task.note(request), []
         for scan in scans(datastore):
             try:
-                result = self.task.add_result(scan, request, datastore)
+                result = self.task.add_result(scan, note, request, datastore)
             except HTTPException as e:
                 logger.error("failed: %s", e.detail)
                 failures.append(e.detail)
@@ -181,7 +195,8 @@ class NextResult(Strategy):
             if "strategy" not in datastore.get_image_info(result):  # the server's note on an image that was opened
                 return {"id": result}
         if failures:
-            raise HTTPException(422, "; ".join(dict.fromkeys(failures)))
+            more = f"; and {len(failures) - 1} more, see the server's log" if len(failures) > 1 else ""
+            raise HTTPException(422, failures[0] + more)
         return {}
 
 
@@ -197,10 +212,10 @@ class AllResults(BatchInferTask):
 
     def __call__(self, request: dict, datastore: Datastore, infer: Callable) -> dict[str, str]:
         """Identifier of each scan's result, or the reason why there is none."""
-        results = {}
+        note, results = self.task.note(request), {}
         for scan in scans(datastore):
             try:
-                results[scan] = self.task.add_result(scan, request, datastore)
+                results[scan] = self.task.add_result(scan, note, request, datastore)
             except HTTPException as e:
                 logger.error("failed: %s", e.detail)
                 results[scan] = f"failed: {e.detail}"
@@ -269,8 +284,8 @@ class FineTuning(TrainTask):
 def scans(datastore: Datastore) -> list[str]:
     """Images of the datastore that are no results, newest first."""
     images = {name: datastore.get_image_info(name) for name in datastore.list_images()}
-    names = [name for name, info in images.items() if NAME not in info and name.removesuffix("_sr") not in images.keys() - {name}]
-    return sorted(names, key=lambda name: (-images[name].get("ts", 0), name))
+    results = {f"{name}_sr" for name in images} | {name for name, info in images.items() if NAME in info}
+    return sorted(images.keys() - results, key=lambda name: (-images[name].get("ts", 0), name))
 
 
 def options_of(request: dict) -> dict[str, Any]:
@@ -304,16 +319,17 @@ def failure_in(folder: str) -> str | None:
 
 
 def converted(volume: Path, extension: str) -> str:
-    """Temporary file with a copy of a NIfTI volume in another format."""
+    """Temporary file with a NIfTI volume in another format."""
+    copy = volume.with_name(f"copy{extension}")
+    if extension == ".nii.gz":
+        volume.rename(copy)
+    elif extension == ".nii":
+        nib.save(nib.load(volume), copy)
+    else:
+        itk.imwrite(itk.imread(volume), copy)
     handle, file = tempfile.mkstemp(suffix=extension)
     os.close(handle)
-    if extension == ".nii.gz":
-        shutil.copyfile(volume, file)
-    elif extension == ".nii":
-        nib.save(nib.load(volume), file)
-    else:
-        itk.imwrite(itk.imread(volume), file)
-    return file
+    return shutil.move(copy, file)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ import csv
 import json
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 
 import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.handlers import CheckpointLoader
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import InputError
@@ -18,9 +20,24 @@ from .files import write_whole
 from .metrics import psnr, ssim
 from .transforms import name_of
 
-__all__ = ["Checkpoints", "EvaluationReport"]
+__all__ = ["Checkpoints", "EvaluationReport", "WeightsLoader"]
 
 logger = logging.getLogger(__name__)
+
+
+class WeightsLoader(CheckpointLoader):
+    """MONAI's loader of weights, which loads tensors and nothing else; what cannot be loaded is refused by name, in one line."""
+
+    def __call__(self, engine: Engine) -> None:
+        """Load the weights.
+
+        Raises:
+            InputError: when the file does not exist, is damaged, holds more than tensors, or belongs to another network.
+        """
+        try:
+            super().__call__(engine)
+        except Exception as e:
+            raise InputError(f"{self.load_path}: {_why_not_loaded(e)}") from e
 
 
 class Checkpoints:
@@ -64,7 +81,7 @@ class Checkpoints:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
         except Exception as e:
-            raise InputError(f"{self.last}: not a checkpoint of this training ({str(e).splitlines()[0]})") from e
+            raise InputError(f"{self.last}: not a checkpoint of this training; {_why_not_loaded(e)}") from e
         trainer.state.iteration, trainer.state.epoch = state["iteration"], state["epoch"]
         torch.set_rng_state(state["random_state"])
         if trainer.scaler is not None and state["scaler"]:
@@ -89,6 +106,17 @@ class Checkpoints:
             "best": best,
         }
         write_whole(self.last, lambda part: torch.save(state, part))
+
+
+def _why_not_loaded(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnpicklingError) and "GLOBAL" in str(error):
+        return "refused, it holds more than tensors: loading it could run a program"
+    if "state_dict" in lines[0]:
+        return f"weights of another network ({' '.join(lines[1:2])[:150]})"
+    return f"damaged, or no checkpoint ({lines[0][:150]})"
 
 
 class EvaluationReport:

@@ -44,7 +44,8 @@ def find_volumes(path: str | Path, pattern: str | Sequence[str] | None = None) -
     if not os.access(path, os.R_OK | os.X_OK):
         raise InputError(f"{path}: no permission to read this folder")
     patterns = VOLUME_PATTERNS if pattern is None else [pattern] if isinstance(pattern, str) else pattern
-    visible = [f for f in path.rglob("*") if f.is_file() and not f.name.startswith(".")]
+    # a broken link is listed, and fails by its name later: data sets are often full of them
+    visible = [f for f in path.rglob("*") if (f.is_file() or (f.is_symlink() and not f.exists())) and not f.name.startswith(".")]
     files = {str(f) for f in visible if any(f.match(p) for p in patterns) and not _is_result(f)}
     if pattern is None:
         for folder in {f.parent for f in visible if _is_dicom(f)}:

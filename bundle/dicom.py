@@ -57,7 +57,7 @@ def check_slices(series: str, files: Sequence[str]) -> None:
     row, column = np.reshape(orientations[0], (2, 3))
     normal = np.cross(row, column)
     along = np.asarray(positions) @ normal
-    order = np.argsort(along)
+    order = np.argsort(along, kind="stable")
     places, names = along[order], [Path(files[i]).name for i in order]
     distances = np.diff(places)
     distance = float(np.median(distances))

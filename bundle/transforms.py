@@ -65,6 +65,8 @@ class LoadVolumed(MapTransform):
 
     def _load(self, path: str) -> MetaTensor:
         source, remarks = Path(path), list[str]()
+        if source.is_symlink() and not source.exists():
+            raise InputError(f"{path}: a link to {source.readlink()}, which does not exist")
         if not source.exists() and not source.parent.is_dir():
             raise InputError(f"{path}: no such file or folder")
         try:

@@ -325,23 +325,6 @@ class TestBadInput:
         assert head == ["volume", "reason"]
         return rows
 
-    @pytest.mark.parametrize("what", toy.BAD_VOLUMES)
-    def test_bad_volume_is_reported_and_the_good_one_done(self, what, infer, tmp_path):
-        (tmp_path / "in").mkdir()
-        bad = toy.BAD_VOLUMES[what](tmp_path / "in")
-        toy.write_nifti(tmp_path / "in" / "good.nii.gz", toy.head((20, 22, 3)))
-        with pytest.raises(Exception) as error:
-            infer(tmp_path / "in")
-        assert "1 of 2 volumes failed" in reason(error.value)
-        assert str(bad) in reason(error.value)
-        out = tmp_path / "out"
-        assert files_below(out) == ["failed.csv", "good_sr.json", "good_sr.nii.gz", "good_sr.png"]
-        assert nib.load(out / "good_sr.nii.gz").shape == (40, 44, 3)
-        ((volume, why),) = self.failures(out)
-        assert volume == str(bad)
-        assert why.startswith(f"{bad}: ")
-        assert "\n" not in why
-
     def test_every_bad_volume_is_listed(self, infer, tmp_path):
         names = []
         for number, what in enumerate(("no bytes", "NaN", "text")):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -11,10 +12,10 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.handlers import CheckpointLoader
+from monai.handlers import CheckpointLoader, from_engine
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import InputError
+from .errors import InputError, switch
 from .figures import Panel, save_panels
 from .files import write_whole
 from .metrics import psnr, ssim
@@ -45,7 +46,8 @@ class Checkpoints:
 
     ``last.pt`` holds everything that training depends on; ``model.pt`` is the plain state dictionary of the network with the best key
     metric on the validation subjects (of the last one, where none was validated). Both appear under their name only
-    when complete. Attach after the handlers that change what is saved.
+    when complete. A loss or a weight that is not finite ends the training before it is saved. Attach after the handlers that change
+    what is saved.
 
     Args:
         save_dir: folder for both files.
@@ -54,14 +56,17 @@ class Checkpoints:
         resume: whether to go on from ``last.pt`` where there is one.
     """
 
-    def __init__(self, save_dir: str, network, optimizer, lr_scheduler, evaluator: SupervisedEvaluator | None = None, resume: bool = False):
+    def __init__(
+        self, save_dir: str, network, optimizer, lr_scheduler, evaluator: SupervisedEvaluator | None = None, resume: bool | str = False
+    ):
         self.last, self.best = Path(save_dir) / "last.pt", Path(save_dir) / "model.pt"
         self.network = network.module if isinstance(network, DistributedDataParallel) else network
         self.parts = {"network": self.network, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
-        self.evaluator, self.resume = evaluator, resume
+        self.evaluator, self.resume = evaluator, switch("resume", resume)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.check)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
 
     def start(self, trainer: SupervisedTrainer) -> None:
@@ -90,8 +95,31 @@ class Checkpoints:
             self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = state["best"]
         logger.info("going on from %s after epoch %d", self.last, state["epoch"])
 
+    def check(self, trainer: SupervisedTrainer) -> None:
+        """Stop at a loss that is not finite.
+
+        Raises:
+            InputError: naming the loss, the step, and the checkpoint that is still good.
+        """
+        loss = float(from_engine(["loss"], first=True)(trainer.state.output))
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss}", trainer)
+
+    def _diverged(self, what: str, trainer: SupervisedTrainer) -> InputError:
+        kept = f"{self.last} holds the last epoch before" if self.last.exists() else "no epoch was complete"
+        return InputError(
+            f"{what} in epoch {trainer.state.epoch}, step {trainer.state.iteration}: training stopped, {kept}; "
+            "a lower learning_rate, or amp off, may help"
+        )
+
     def save(self, trainer: SupervisedTrainer) -> None:
-        """Write ``last.pt``, and ``model.pt`` where this epoch is the best one."""
+        """Write ``last.pt``, and ``model.pt`` where this epoch is the best one.
+
+        Raises:
+            InputError: when a weight is not finite; both files stay as they were.
+        """
+        if not all(bool(torch.isfinite(p).all()) for p in self.network.parameters()):
+            raise self._diverged("a weight is not finite", trainer)
         if idist.get_rank() > 0:
             return
         best = (self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch) if self.evaluator else (-1, -1)

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import monai.data
 import nibabel as nib
@@ -70,14 +71,16 @@ class LoadVolumed(MapTransform):
         if not source.exists() and not source.parent.is_dir():
             raise InputError(f"{path}: no such file or folder")
         try:
+            header: Any = nib.load(path) if _is_nifti(source) and source.is_file() else None
+            if header is not None and header.get_data_dtype().names:
+                raise InputError(f"{path}: one grey-scale volume expected, got colours")
             image = self.loader(path, reader=self._reader(source)) if source.is_file() else self._load_series(source)
-            if _is_nifti(source):
-                remarks = _follow_header(image, path)
+            if isinstance(header, nib.Nifti1Pair):
+                remarks = _follow_header(image, header)
         except InputError:
             raise
         except Exception as e:  # a reader can fail in any way on a damaged file
-            lines = str(e.__cause__ or e).split("\n\n")[0].strip().splitlines() or [type(e).__name__]
-            raise InputError(f"{path}: cannot be read as a volume ({lines[-1].strip()})") from e
+            raise InputError(f"{path}: cannot be read as a volume ({_why_not_read(e.__cause__ or e)})") from e
         sides = " x ".join(str(n) for n in image.shape[1:])
         if image.ndim != 4 or image.shape[0] != 1:
             raise InputError(f"{path}: one grey-scale volume expected, got {image.shape[0]} channel(s) of {sides} voxels")
@@ -428,14 +431,18 @@ def _is_nifti(source: Path) -> bool:
     return source.name.lower().endswith((".nii", ".nii.gz", ".img", ".img.gz", ".hdr"))
 
 
-def _follow_header(image: MetaTensor, path: str) -> list[str]:
+def _why_not_read(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "it would need more memory than there is"
+    lines = [line.strip() for line in str(error).split("\n\n")[0].strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[-2:]) if lines[-1].startswith("-") else lines[-1]  # nibabel goes on after a dash
+
+
+def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
     """Give a volume the affine of its NIfTI header, and keep what else the header says about space; returns remarks.
 
     MONAI's reader prefers the qform to the sform where only the former agrees with pixdim; the format knows no such rule.
     """
-    header = nib.load(path)
-    if not isinstance(header, nib.Nifti1Pair):
-        return []
     remarks = []
     affine = header.affine
     image.affine = torch.as_tensor(affine)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import math
+import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,7 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
-from .errors import InputError, reason
+from .dicom import find_series
+from .errors import InputError, reason, switch
+from .files import RESULT_MARK, is_done, namesakes
 from .transforms import name_of
 
 __all__ = ["EpochSampler", "InferenceDataset", "PatchDataset", "find_volumes", "split_subjects"]
@@ -23,22 +28,29 @@ def find_volumes(path: str | Path, pattern: str | Sequence[str] | None = None) -
 
     Args:
         path: a file, a folder searched with all its subfolders, or a folder of DICOM slices.
-        pattern: file name patterns (``"*_t1ce.nii.gz"``); ``None`` takes every known format. A folder in which no file
-            matches counts as one volume where it holds DICOM slices.
+        pattern: file name patterns (``"*_t1ce.nii.gz"``); ``None`` takes every known format, and DICOM folders: each counts as one
+            volume, or, where it holds several series, as ``folder/identifier`` for each of them.
+
+    Results of an earlier super-resolution are not taken, wherever they lie.
 
     Raises:
         InputError: when the path does not exist or holds no volume.
     """
-    path = Path(path)
+    path = Path(str(path))  # the command line makes a number of a folder 2024
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if path.is_file():
         return [str(path)]
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise InputError(f"{path}: no permission to read this folder")
     patterns = VOLUME_PATTERNS if pattern is None else [pattern] if isinstance(pattern, str) else pattern
-    visible = [f for f in path.rglob("*") if f.is_file() and not f.name.startswith(".")]
-    files = {str(f) for f in visible if any(f.match(p) for p in patterns)}
+    # a broken link is listed, and fails by its name later: data sets are often full of them
+    visible = [f for f in path.rglob("*") if (f.is_file() or (f.is_symlink() and not f.exists())) and not f.name.startswith(".")]
+    files = {str(f) for f in visible if any(f.match(p) for p in patterns) and not _is_result(f)}
     if pattern is None:
-        files |= {str(f.parent) for f in visible if _is_dicom(f)}
+        for folder in {f.parent for f in visible if _is_dicom(f)}:
+            series = find_series(folder)
+            files |= {str(folder / identifier) for identifier in series} if len(series) > 1 else {str(folder)}
     if not files:
         raise InputError(f"{path}: holds no volume ({', '.join(patterns)}{', DICOM' if pattern is None else ''})")
     return sorted(files)
@@ -47,9 +59,23 @@ def find_volumes(path: str | Path, pattern: str | Sequence[str] | None = None) -
 def _is_dicom(file: Path) -> bool:
     if file.name.upper() == "DICOMDIR" or file.suffix.lower() not in ("", ".dcm", ".ima"):  # an index is no slice
         return False
-    with file.open("rb") as stream:
-        stream.seek(128)
-        return stream.read(4) == b"DICM"
+    try:
+        with file.open("rb") as stream:
+            stream.seek(128)
+            return stream.read(4) == b"DICM"
+    except OSError:  # no permission to read it
+        return False
+
+
+def _is_result(file: Path) -> bool:
+    """Whether a file was written by :class:`bundle.transforms.SaveVolumed`."""
+    if not file.name.endswith("_sr.nii.gz"):
+        return False
+    try:
+        with gzip.open(file) as stream:
+            return RESULT_MARK.encode() in stream.read(348)
+    except (OSError, EOFError, zlib.error):
+        return False
 
 
 def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str) -> list[dict[str, str]]:
@@ -83,25 +109,48 @@ def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str) ->
 
 
 class InferenceDataset(Dataset):
-    """Volumes to be worked through one by one: an item that fails is given out as its error, so that the others are still done.
+    """Volumes to be worked through one by one: an item that fails is given out as its error, so that the others are still done; one
+    whose result stands complete is not even loaded.
 
     Args:
         data: items ``{"image": file name}``.
         transform: preprocessing.
+        volumes: all volumes, where ``data`` is one process's share of them: no two may have results of one name.
+        output_dir, root: see :func:`bundle.files.result_path`; ``None``: nothing counts as done.
+        made_with: settings that a result must have been made with to count as done.
+        overwrite: do everything again.
     """
 
-    def __init__(self, data: Sequence[dict[str, str]], transform: Callable) -> None:
+    def __init__(
+        self,
+        data: Sequence[dict[str, str]],
+        transform: Callable,
+        volumes: Sequence[str] = (),
+        output_dir: str | None = None,
+        root: str = "",
+        made_with: dict | None = None,
+        overwrite: bool | str = False,
+    ) -> None:
         self.data, self.transform = data, transform
+        self.output_dir, self.root, self.made_with = output_dir, root, made_with or {}
+        self.overwrite = switch("overwrite", overwrite)
+        self.namesakes = namesakes(volumes, root) if output_dir is not None else {}
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict:
-        """The transformed item, or ``{"image": file name, "error": one line}``."""
+        """The transformed item, ``{"image": file name, "error": one line}``, or ``{"image": file name, "done": True}``."""
+        item = self.data[index]
+        volume = item["image"]
         try:
-            return self.transform(self.data[index])
+            if volume in self.namesakes:
+                raise InputError(f"{volume}: its result would have the name of that of {self.namesakes[volume]}; rename one")
+            if self.output_dir is not None and not self.overwrite and is_done(volume, self.output_dir, self.root, self.made_with):
+                return {**item, "done": True}
+            return self.transform(item)
         except Exception as e:  # a damaged file can fail anywhere in a reader
-            return {**self.data[index], "error": reason(e)}
+            return {**item, "error": reason(e)}
 
 
 class PatchDataset(Dataset):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+from collections.abc import Iterator
 from types import TracebackType
 
-__all__ = ["InputError", "reason", "report_in_one_line"]
+__all__ = ["InputError", "full_disk", "reason", "report_in_one_line", "switch"]
 
 
 class InputError(ValueError):
@@ -23,6 +25,23 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def full_disk(error: BaseException) -> OSError | None:
+    """The error in a chain that says that nothing more can be written: no space, no quota, read-only."""
+    return next((e for e in _chain(error) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)), None)
+
+
+def switch(name: str, value: bool | str) -> bool:
+    """An option that is on or off; the command line gives ``--overwrite false`` as text.
+
+    Raises:
+        InputError: for anything but true and false.
+    """
+    known = {"true": True, "false": False}
+    if str(value).lower() not in known:
+        raise InputError(f"{name} must be true or false, got {value!r}")
+    return known[str(value).lower()]
+
+
 def report_in_one_line() -> None:
     """End the program with one line, instead of a traceback through the engines, where an :class:`InputError` is the cause."""
     sys.excepthook = _excepthook
@@ -35,11 +54,13 @@ def _excepthook(kind: type[BaseException], error: BaseException, traceback: Trac
         sys.stderr.write(f"error: {reason(error)}\n")
 
 
-def _input_error(error: BaseException | None) -> InputError | None:
-    """The innermost :class:`InputError` of the chain: MONAI wraps what a transform or a component raises."""
-    found = None
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those behind it: MONAI wraps what a transform or a component raises."""
     while error is not None:
-        if isinstance(error, InputError):
-            found = error
+        yield error
         error = error.__cause__ or error.__context__
-    return found
+
+
+def _input_error(error: BaseException) -> InputError | None:
+    """The innermost :class:`InputError` of the chain."""
+    return next((e for e in reversed(list(_chain(error))) if isinstance(e, InputError)), None)

@@ -1,32 +1,34 @@
-"""Names of results, and files that are never half-written."""
+"""Names of results, what was done before, and files that are never half-written."""
 
 from __future__ import annotations
 
+import glob
+import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .errors import InputError
 
-__all__ = ["common_folder", "result_path", "write_whole"]
+__all__ = ["fingerprint", "is_done", "namesakes", "result_path", "results_root", "sha256", "write_json", "write_whole"]
+
+EXTENSIONS = (".nii", ".gz", ".img", ".mha", ".mhd", ".nrrd", ".nhdr")
+RESULT_MARK = "super-resolved by brain_mri_super_resolution"  # in the header of every result: never an input again
 
 
-def common_folder(volumes: Sequence[str]) -> str:
-    """Deepest folder that holds all volumes (files or DICOM folders).
+def results_root(dataset_dir: str | Path, volumes: Sequence[str]) -> str:
+    """The part of the volumes' paths that their results do not repeat: ``dataset_dir``, or the folder of the one volume that it is.
 
-    Raises:
-        InputError: when the results of two volumes below it would have the same name (``t1.nii.gz`` beside a folder ``t1``).
+    Args:
+        dataset_dir: what :func:`bundle.data.find_volumes` searched.
+        volumes: what it found.
     """
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(v)) for v in volumes])
-    seen: dict[Path, str] = {}
-    for volume in volumes:
-        other = seen.setdefault(result_path(volume, "", root, ""), volume)
-        if other != volume:
-            raise InputError(f"{other} and {volume}: their results would have the same name")
-    return root
+    path = os.path.abspath(str(dataset_dir))
+    return os.path.dirname(path) if path in (os.path.abspath(v) for v in volumes) else path
 
 
-def result_path(volume: str, output_dir: str, root: str, ending: str) -> Path:
+def result_path(volume: str, output_dir: str | Path, root: str, ending: str) -> Path:
     """Where a result goes: ``output_dir``, the volume's path below ``root`` without its extension, ``ending``.
 
     Example:
@@ -35,17 +37,91 @@ def result_path(volume: str, output_dir: str, root: str, ending: str) -> Path:
     """
     path = Path(os.path.abspath(volume))
     name = path.name
-    for extension in ("" if path.is_dir() else path.suffix, ".nii", ".img"):
-        name = name.removesuffix(extension)  # a DICOM folder may be named after a UID, full of dots
+    # a DICOM folder, and a series in one, may be named after a UID, full of dots
+    is_file = path.is_file() or (path.suffix in EXTENSIONS and not path.is_dir())
+    for extension in (path.suffix if is_file else "", ".nii", ".img"):
+        name = name.removesuffix(extension)
     return Path(output_dir) / path.relative_to(os.path.abspath(root)).parent / (name + ending)
 
 
+def namesakes(volumes: Sequence[str], root: str) -> dict[str, str]:
+    """Volumes whose results would have one name (``t1.nii.gz`` beside a DICOM folder ``t1``), each with another of them."""
+    of_name: dict[Path, list[str]] = {}
+    for volume in volumes:
+        of_name.setdefault(result_path(volume, "", root, ""), []).append(volume)
+    return {v: same[i - 1] for same in of_name.values() if len(same) > 1 for i, v in enumerate(same)}
+
+
+def fingerprint(volume: str) -> dict[str, int]:
+    """Files, bytes and time of the last change (ns) of a volume: a file, a DICOM folder or a series in one."""
+    path = Path(volume)
+    folder = path if path.is_dir() else path.parent
+    stats = [f.stat() for f in folder.iterdir() if f.is_file()] if path.is_dir() or not path.exists() else [path.stat()]
+    return {"files": len(stats), "bytes": sum(s.st_size for s in stats), "modified": max((s.st_mtime_ns for s in stats), default=0)}
+
+
+def is_done(volume: str, output_dir: str | Path, root: str, made_with: dict) -> bool:
+    """Whether the result of a volume stands complete, from the same input and made with the same settings.
+
+    Args:
+        volume, output_dir, root: as of :func:`result_path`.
+        made_with: the settings, as they are kept in the report beside the result.
+    """
+    report = result_path(volume, output_dir, root, "_sr.json")  # written last
+    if not (report.is_file() and result_path(volume, output_dir, root, "_sr.nii.gz").is_file()):
+        return False
+    try:
+        done = json.loads(report.read_text(encoding="utf-8"))
+        return done["made_with"] == made_with and done["input"] == fingerprint(volume)
+    except (OSError, ValueError, KeyError, TypeError):  # not a report of ours: make a new one
+        return False
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits.
+
+    Raises:
+        InputError: when it cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file for people, as :func:`write_whole` does."""
+    text = json.dumps(content, indent=4, ensure_ascii=False) + "\n"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary path)`` and move the result to ``path``: whoever looks finds a complete file or none."""
+    """Call ``write(temporary path)`` and move the result to ``path``: whoever looks finds a complete file or none.
+
+    The content is on the disk before the name is, so that not even a power cut leaves half a file under it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{os.getpid()}-{path.name}")  # keeps the extension, which decides about the format
     try:
         write(part)
+        with part.open("r+b") as stream:
+            os.fsync(stream.fileno())
         part.replace(path)
+        _sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+    for left in path.parent.glob(f".part-*-{glob.escape(path.name)}"):  # by a process that was killed
+        left.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # where a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems refuse; the file itself is safe
+        pass
+    finally:
+        os.close(descriptor)

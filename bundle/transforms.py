@@ -2,68 +2,119 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import math
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import monai.data
 import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
+from monai.data import ImageReader, ITKReader, MetaTensor
 from monai.transforms import InvertibleTransform, LoadImage, MapTransform, SpatialCrop
 
-from .degradation import check_factor, degrade, upsample
+from .degradation import check_factor, degrade, downsample, upsample
+from .dicom import check_slices, find_series, modality
 from .errors import InputError
 from .figures import Panel, save_panels
-from .files import result_path, write_whole
+from .files import RESULT_MARK, fingerprint, result_path, write_json, write_whole
+from .ranges import compare, describe, read_ranges
 
 __all__ = [
     "AxialSlicesd",
+    "CompareWithTrainingd",
+    "Consistencyd",
     "CropInPlaned",
     "Degraded",
     "LoadVolumed",
     "SaveComparisond",
+    "SaveReportd",
     "SaveVolumed",
     "ScaleIntensityByPercentiled",
     "UpsampleInPlaned",
 ]
 
+logger = logging.getLogger(__name__)
+
 
 class LoadVolumed(MapTransform):
     """Load a volume with :class:`monai.transforms.LoadImage` and refuse, by name, whatever is not one.
 
+    Of a NIfTI file the sform holds where it has one, else the qform, as the format wants it. What is odd about a volume without being
+    wrong is told in the log and in ``meta["remarks"]``, a line each.
+
     Args:
-        keys: file names (NIfTI, Analyze, MetaImage, NRRD) or DICOM folders.
-        reader: MONAI reader, by name; ``None`` chooses by the file's extension.
+        keys: file names (NIfTI, Analyze, MetaImage, NRRD), DICOM folders or series (see :func:`bundle.data.find_volumes`).
+        reader: MONAI reader, by name; ``None`` takes nibabel for NIfTI and Analyze, ITK for the rest.
 
     Raises:
         InputError: naming the file and the reason, for a file that cannot be read or holds no single-channel volume with
-            finite, varying intensities.
+            finite, varying intensities; for a DICOM series with gaps.
     """
 
     def __init__(self, keys: KeysCollection, reader: str | None = None) -> None:
         super().__init__(keys)
-        self.loader = LoadImage(reader=reader, image_only=True, ensure_channel_first=True, dtype=np.float32)
+        self.reader = reader
+        self.loader = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float32)
 
     def __call__(self, data: Mapping[Hashable, str]) -> dict:
         return {**data, **{key: self._load(data[key]) for key in self.keys}}
 
     def _load(self, path: str) -> MetaTensor:
+        source, remarks = Path(path), list[str]()
+        if source.is_symlink() and not source.exists():
+            raise InputError(f"{path}: a link to {source.readlink()}, which does not exist")
+        if not source.exists() and not source.parent.is_dir():
+            raise InputError(f"{path}: no such file or folder")
         try:
-            image = self.loader(path)
+            header: Any = nib.load(path) if _is_nifti(source) and source.is_file() else None
+            if header is not None and header.get_data_dtype().names:
+                raise InputError(f"{path}: one grey-scale volume expected, got colours")
+            image = self.loader(path, reader=self._reader(source)) if source.is_file() else self._load_series(source)
+            if isinstance(header, nib.Nifti1Pair):
+                remarks = _follow_header(image, header)
+        except InputError:
+            raise
         except Exception as e:  # a reader can fail in any way on a damaged file
-            lines = str(e.__cause__ or e).split("\n\n")[0].strip().splitlines() or [type(e).__name__]
-            raise InputError(f"{path}: cannot be read as a volume ({lines[-1].strip()})") from e
+            raise InputError(f"{path}: cannot be read as a volume ({_why_not_read(e.__cause__ or e)})") from e
         sides = " x ".join(str(n) for n in image.shape[1:])
         if image.ndim != 4 or image.shape[0] != 1:
             raise InputError(f"{path}: one grey-scale volume expected, got {image.shape[0]} channel(s) of {sides} voxels")
         if not torch.isfinite(image).all():
-            raise InputError(f"{path}: {int((~torch.isfinite(image)).sum())} voxels are not finite (NaN or infinite)")
+            raise InputError(f"{path}: {int((~torch.isfinite(image)).sum())} voxels are not finite (NaN, or too large for float32)")
         if image.min() == image.max():
             raise InputError(f"{path}: every voxel has the value {float(image.min()):g}")
         affine = image.affine[:3, :3]
         if not torch.isfinite(image.affine).all() or float(torch.linalg.det(affine).abs()) < 1e-9:
             raise InputError(f"{path}: the affine is singular: {affine.tolist()}")
         image.meta["filename_or_obj"] = str(path)  # of a DICOM folder, readers keep one file or a list
+        image.meta["remarks"] = "\n".join(remarks)
+        for remark in remarks:
+            logger.warning("%s: %s", path, remark)
+        return image
+
+    def _reader(self, source: Path, **arguments) -> ImageReader:
+        # one reader and no other: MONAI would try all it knows in turn, among them numpy's, which runs what a pickle tells it to
+        name = self.reader or ("NibabelReader" if _is_nifti(source) else "ITKReader")
+        return getattr(monai.data, name)(**arguments)
+
+    def _load_series(self, source: Path) -> MetaTensor:
+        folder = source if source.is_dir() else source.parent
+        series = find_series(folder)
+        if source.is_dir() and len(series) > 1:
+            raise InputError(f"{source}: holds {len(series)} DICOM series; name one of them: {source / min(series)}, ...")
+        identifier = next(iter(series), "") if source.is_dir() else source.name
+        if identifier not in series:
+            raise InputError(f"{source}: no such file, folder or DICOM series")
+        files = series[identifier]
+        check_slices(str(source), files)
+        reader = self._reader(source) if self.reader else ITKReader(series_name=identifier)
+        image = self.loader(str(folder), reader=reader)
+        image.meta["modality"] = modality(files[0])
         return image
 
 
@@ -203,18 +254,19 @@ class UpsampleInPlaned(MapTransform):
     Args:
         keys: volumes (1, X, Y, Z); become (1, factor X, factor Y, Z).
         factor: integer factor of both in-plane axes.
+        given_key: where to keep the volume as it was given; ``None`` does not.
 
     Raises:
         InputError: when ``factor`` is not a positive integer.
     """
 
-    def __init__(self, keys: KeysCollection, factor: int = 2) -> None:
+    def __init__(self, keys: KeysCollection, factor: int = 2, given_key: str | None = None) -> None:
         super().__init__(keys)
         check_factor(factor)
-        self.factor = factor
+        self.factor, self.given_key = factor, given_key
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
-        d = dict(data)
+        d: dict = dict(data)
         for key in self.keys:
             image = d[key]
             refined = upsample(image.as_tensor().movedim(-1, 0), self.factor).movedim(0, -1).contiguous()
@@ -223,12 +275,18 @@ class UpsampleInPlaned(MapTransform):
             to_given[:2, 3] = (1 / self.factor - 1) / 2
             refined = MetaTensor(refined, meta=image.meta, applied_operations=image.applied_operations)
             refined.affine = image.affine.to(torch.float64) @ to_given
+            for given in ("spatial_shape", "original_affine"):  # servers put a result back on the grid they find here
+                refined.meta.pop(given, None)
             d[key] = refined
+            if self.given_key is not None:
+                d[self.given_key] = image.as_tensor()
         return d
 
 
 class SaveVolumed(MapTransform):
     """Write a volume as ``<name>_sr.nii.gz``: float32, voxels and affine as they stand. The file appears only when complete.
+
+    Both sform and qform hold the affine, under the input's code; where those of the input differ, each is refined by itself.
 
     Args:
         keys: volumes (1, X, Y, Z); the name is that of the file they were loaded from.
@@ -244,11 +302,18 @@ class SaveVolumed(MapTransform):
         for key in self.keys:
             image = data[key]
             volume = nib.Nifti1Image(image.as_tensor()[0].float().cpu().numpy(), image.affine.cpu().numpy())
-            volume.set_sform(volume.affine, code="scanner")
-            volume.set_qform(volume.affine, code="scanner")
-            if not np.allclose(volume.get_qform(), volume.affine, atol=1e-4):  # a qform cannot hold a shear
+            sform_code, qform_code = (int(n) for n in image.meta.get("codes", (1, 1)))
+            qform = volume.affine
+            if "qform" in image.meta:
+                to_index = np.linalg.inv(np.asarray(image.meta["sform"], dtype=np.float64))
+                qform = np.asarray(image.meta["qform"], dtype=np.float64) @ to_index @ volume.affine
+            volume.set_sform(volume.affine, code=sform_code)
+            volume.set_qform(qform, code=qform_code)
+            if not np.allclose(volume.get_qform(), qform, atol=1e-4):  # a qform cannot hold a shear
                 volume.set_qform(None, code="unknown")
-            volume.header.set_xyzt_units("mm")
+            unit = image.meta.get("unit", "mm")
+            volume.header.set_xyzt_units("mm" if unit == "unknown" else unit)
+            volume.header["descrip"] = RESULT_MARK
             write_whole(result_path(name_of(image), self.output_dir, self.root, "_sr.nii.gz"), volume.to_filename)
         return data
 
@@ -276,9 +341,135 @@ class SaveComparisond(MapTransform):
         return data
 
 
+class CompareWithTrainingd(MapTransform):
+    """Say in the log what about a volume is far from the training data, and keep it for the report in ``meta["report"]``.
+
+    Args:
+        keys: volumes (1, X, Y, Z) with scaled intensities, before they are refined.
+        ranges: JSON file of :func:`bundle.ranges.measure`; where there is none, nothing is compared.
+        factor: of the refinement to come.
+    """
+
+    def __init__(self, keys: KeysCollection, ranges: str | None = None, factor: int = 1) -> None:
+        super().__init__(keys)
+        self.path, self.factor = ranges, factor
+        self.ranges = read_ranges(ranges)
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d = dict(data)
+        for key in self.keys:
+            meta = d[key].meta
+            statistics = describe(d[key], self.factor)
+            far = compare(statistics, self.ranges, meta.get("modality", ""))
+            for line in far:
+                logger.warning("%s: %s", name_of(d[key]), line)
+            warnings = [*filter(None, meta.get("remarks", "").split("\n")), *far]
+            meta["report"] = json.dumps({"warnings": warnings, "statistics": statistics, "training_ranges": self.ranges or None})
+        return d
+
+
+class Consistencyd(MapTransform):
+    """Degrade a result again and compare it with what was given: what the network has added should vanish.
+
+    Adds ``"consistency"`` to the sample: PSNR in dB of the degraded result, and of the degraded interpolation for comparison; the peak is
+    1, the intensity scale.
+
+    Args:
+        keys: the interpolated input and the result (1, factor X, factor Y, Z).
+        given_key: the volume as given, (1, X, Y, Z), intensities scaled.
+        factor: of the refinement.
+    """
+
+    def __init__(self, keys: KeysCollection, given_key: str = "given", factor: int = 2) -> None:
+        super().__init__(keys)
+        self.given_key, self.factor = given_key, factor
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        given = torch.as_tensor(data[self.given_key]).float().cpu().movedim(-1, 0)
+        values = {}
+        for name, key in zip(("interpolated", "result"), self.keys):
+            slices = data[key].as_tensor().movedim(-1, 0)
+            error = sum(float((downsample(s.float().cpu(), self.factor) - g).square().sum()) for s, g in zip(slices, given))
+            values[name] = round(-10 * math.log10(max(error / given.numel(), 1e-20)), 2)
+        logger.info("%s: degraded again, the result agrees with the input to %.2f dB", name_of(data[self.keys[-1]]), values["result"])
+        return {**data, "consistency": values}
+
+
+class SaveReportd(MapTransform):
+    """Write ``<name>_sr.json``: what was odd or far from the training data, the consistency, and what the result was made from and with.
+
+    Write it last: a result counts as complete, and is not made again, where its report says the same (:func:`bundle.files.is_done`).
+
+    Args:
+        keys: volumes with ``meta["report"]``.
+        output_dir, root: as of :class:`SaveVolumed`.
+        made_with: settings of the run.
+    """
+
+    def __init__(self, keys: KeysCollection, output_dir: str, root: str, made_with: dict) -> None:
+        super().__init__(keys)
+        self.output_dir, self.root, self.made_with = output_dir, root, made_with
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> Mapping:
+        for key in self.keys:
+            volume = name_of(data[key])
+            report = json.loads(data[key].meta["report"])
+            report = {
+                "volume": volume,
+                "warnings": report.pop("warnings"),
+                "consistency_db": data["consistency"],  # type: ignore[call-overload]
+                **report,
+                "made_with": self.made_with,
+                "input": fingerprint(volume),
+            }
+            write_json(result_path(volume, self.output_dir, self.root, "_sr.json"), report)
+        return data
+
+
 def name_of(image: MetaTensor) -> str:
     """File that a volume was loaded from."""
     return str(image.meta.get("filename_or_obj", "volume"))
+
+
+def _is_nifti(source: Path) -> bool:
+    return source.name.lower().endswith((".nii", ".nii.gz", ".img", ".img.gz", ".hdr"))
+
+
+def _why_not_read(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "it would need more memory than there is"
+    lines = [line.strip() for line in str(error).split("\n\n")[0].strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[-2:]) if lines[-1].startswith("-") else lines[-1]  # nibabel goes on after a dash
+
+
+def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
+    """Give a volume the affine of its NIfTI header, and keep what else the header says about space; returns remarks.
+
+    MONAI's reader prefers the qform to the sform where only the former agrees with pixdim; the format knows no such rule.
+    """
+    remarks = []
+    affine = header.affine
+    image.affine = torch.as_tensor(affine)
+    image.meta["original_affine"] = torch.as_tensor(affine)
+    sform_code = int(header.header["sform_code"])
+    qform = header.get_qform(coded=True)[0] if not sform_code or int(header.header["qform_code"]) else None
+    qform_code = int(header.header["qform_code"])
+    if not sform_code and not qform_code:
+        remarks.append("the header says nothing about orientation (sform and qform unknown): left and right are a guess")
+    if sform_code and qform is not None:
+        corners = np.stack(np.meshgrid(*([0, n - 1] for n in image.shape[1:4]), indexing="ij"), -1)
+        apart = float(np.abs(nib.affines.apply_affine(affine, corners) - nib.affines.apply_affine(qform, corners)).max())
+        if apart > 0.1:
+            remarks.append(f"sform and qform differ by up to {apart:.3g} mm: the sform is used, and both are kept")
+            image.meta["sform"], image.meta["qform"] = torch.as_tensor(affine), torch.as_tensor(qform)
+    spacing, zooms = nib.affines.voxel_sizes(affine)[: image.ndim - 1], np.asarray(header.header.get_zooms()[:3])
+    if len(zooms) == len(spacing) and not np.allclose(spacing, zooms, rtol=1e-2):
+        told = [" x ".join(f"{v:.4g}" for v in values) for values in (zooms, spacing)]
+        remarks.append(f"pixdim says {told[0]} mm, the affine {told[1]} mm: the affine is used")
+    aligned = 2  # NIfTI's code for coordinates that agree with another file's
+    image.meta["codes"] = [sform_code or qform_code or aligned, qform_code or sform_code or aligned]
+    image.meta["unit"] = header.header.get_xyzt_units()[0]
+    return remarks
 
 
 def _crop(image: MetaTensor, start: Sequence[int], end: Sequence[int]) -> MetaTensor:

@@ -10,7 +10,8 @@ import jsonschema
 import pytest
 import torch
 import toy
-from monai.bundle import ConfigWorkflow, verify_net_in_out
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
+from monai.transforms import Invertd
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -102,6 +103,15 @@ def test_workflow_has_the_properties_of_a_bundle(files, kind, data):
     )
     workflow.initialize()
     assert workflow.check_properties() == []
+
+
+def test_servers_need_no_data_folder_for_postprocessing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the default dataset_dir does not exist
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "inference.json"))
+    (transform,) = parser.get_parsed_content("postprocessing").transforms
+    assert type(transform) is Invertd
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["train", "inference"])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from bundle.errors import InputError, reason
 from bundle.figures import Panel, save_panels
-from bundle.files import common_folder, result_path, write_whole
+from bundle.files import namesakes, result_path, results_root, write_whole
 
 
 class TestResultPath:
@@ -34,15 +34,23 @@ class TestResultPath:
 
     def test_equal_names_in_several_folders_stay_apart(self):
         volumes = ["/in/a/t1.nii.gz", "/in/b/t1.nii.gz", "/in/b/c/t1.nii.gz"]
-        results = [result_path(volume, "out", common_folder(volumes), "_sr.nii.gz") for volume in volumes]
+        results = [result_path(volume, "out", results_root("/in", volumes), "_sr.nii.gz") for volume in volumes]
         assert results == [Path("out/a/t1_sr.nii.gz"), Path("out/b/t1_sr.nii.gz"), Path("out/b/c/t1_sr.nii.gz")]
 
     def test_relative_paths_will_do(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        root = common_folder(["in/a/t1.nii", "./in/b/t1.nii"])
+        root = results_root("./in", ["in/a/t1.nii", "./in/b/t1.nii"])
         assert root == str(tmp_path / "in")
         assert result_path("in/a/t1.nii", "out", root, ".txt") == Path("out/a/t1.txt")
-        assert result_path("t1.nii", "out", common_folder(["t1.nii"]), ".txt") == Path("out/t1.txt")
+        assert result_path("t1.nii", "out", results_root("t1.nii", ["t1.nii"]), ".txt") == Path("out/t1.txt")
+
+    def test_names_do_not_depend_on_what_else_is_there(self):
+        for volumes in (["/in/a/t1.nii"], ["/in/a/t1.nii", "/in/b.nii"]):
+            assert result_path(volumes[0], "out", results_root("/in", volumes), "_sr.json") == Path("out/a/t1_sr.json")
+
+    def test_namesakes_are_found(self):
+        volumes = ["/in/a/t1.nii.gz", "/in/a/t1.mha", "/in/b/t1.nii", "/in/c.img"]
+        assert namesakes(volumes, "/in") == {volumes[0]: volumes[1], volumes[1]: volumes[0]}
 
 
 class TestWriteWhole:

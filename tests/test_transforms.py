@@ -80,6 +80,13 @@ class TestUpsampleInPlane:
         inner = (slice(2 * factor, -2 * factor),) * 2
         np.testing.assert_allclose(refined.numpy()[0][inner], expected[inner], atol=2e-3)
 
+    def test_grid_of_the_file_is_forgotten(self, tmp_path):
+        """MONAI Label and others put a result back on the grid that these name, whatever its own is."""
+        path = toy.write_nifti(tmp_path / "a.nii.gz", to_world=toy.affine(degrees=(14, -9, 25)))
+        loaded = LoadVolumed("image")({"image": str(path)})
+        assert {"spatial_shape", "original_affine"} <= loaded["image"].meta.keys()
+        assert not {"spatial_shape", "original_affine"} & UpsampleInPlaned("image")(loaded)["image"].meta.keys()
+
     @pytest.mark.parametrize("factor", [2, 3, 4])
     def test_agrees_with_nibabel_on_a_smooth_volume(self, factor):
         to_world = toy.affine((1.2, 0.8, 3), (20, 10, -15))

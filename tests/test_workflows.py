@@ -6,6 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +41,15 @@ def run(*configs: str, **overrides) -> None:
     bundle.run(config_file=[str(CONFIGS / f"{c}.json") for c in configs], **FILES, **overrides)
 
 
-def run_command(*configs: str, launcher: tuple[str, ...] = ("-m",), status: int = 0, **overrides) -> str:
-    """``python -m monai.bundle run`` on the named configs; returns what it printed."""
+def command_line(*configs: str, launcher: tuple[str, ...] = ("-m",), **overrides) -> list[str]:
     files = str([str(CONFIGS / f"{c}.json") for c in configs])
     flags = [part for key, value in {**FILES, **overrides}.items() for part in (f"--{key}", str(value))]
-    command = [sys.executable, *launcher, "monai.bundle", "run", "--config_file", files, *flags]
+    return [sys.executable, *launcher, "monai.bundle", "run", "--config_file", files, *flags]
+
+
+def run_command(*configs: str, launcher: tuple[str, ...] = ("-m",), status: int = 0, **overrides) -> str:
+    """``python -m monai.bundle run`` on the named configs; returns what it printed."""
+    command = command_line(*configs, launcher=launcher, **overrides)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
     output = result.stdout + result.stderr
@@ -113,6 +118,67 @@ def test_a_damaged_checkpoint_is_refused_by_name(data, tmp_path):
     (tmp_path / "models" / "last.pt").write_bytes(b"nothing of use")
     output = run_command("train", dataset_dir=str(data), output_dir=str(tmp_path), resume=True, status=1, **SMALL)
     assert output.splitlines()[-1].startswith(f"error: {tmp_path / 'models' / 'last.pt'}: not a checkpoint")
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_checkpoint(data, tmp_path):
+    run("train", dataset_dir=str(data), output_dir=str(tmp_path), **{**SMALL, "max_epochs": 1})
+    files = [tmp_path / "models" / name for name in ("last.pt", "model.pt")]
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(RuntimeError) as error:
+        run("train", dataset_dir=str(data), output_dir=str(tmp_path), resume="true", **SMALL, **{"loss::peak": 1e30})
+    assert reason(error.value).startswith(f"the loss is inf in epoch 2, step 3: training stopped, {files[0]} holds the last epoch before")
+    assert [file.read_bytes() for file in files] == before
+    run("train", dataset_dir=str(data), output_dir=str(tmp_path), resume=True, **{**SMALL, "max_epochs": 2})
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(data, tmp_path):
+    with pytest.raises(RuntimeError) as error:
+        run(
+            "train",
+            dataset_dir=str(data),
+            output_dir=str(tmp_path),
+            **{**SMALL, "batch_size": 16, "warmup_iterations": 0},
+            learning_rate=1e300,
+        )
+    assert "is not finite in epoch 1, step 1: training stopped, no epoch was complete" in reason(error.value)
+    assert not list((tmp_path / "models").glob("*"))
+
+
+def test_resume_false_is_false(data, trained):
+    with pytest.raises(RuntimeError) as error:
+        run("train", dataset_dir=str(data), output_dir=str(trained), resume="false", **SMALL)
+    assert "is the checkpoint of an earlier run" in reason(error.value)
+
+
+@pytest.mark.skipif("KILL_TESTS" not in os.environ, reason="kills a training 20 times, which takes minutes: KILL_TESTS=1 runs it")
+def test_training_killed_at_random_moments_ends_with_the_weights_of_an_uninterrupted_one(data, tmp_path):
+    settings = {**SMALL, "max_epochs": 60, "dataset_dir": str(data)}
+    started = time.monotonic()
+    run("train", output_dir=str(tmp_path / "whole"), **settings)
+    epoch = (time.monotonic() - started) / settings["max_epochs"]
+    command = command_line("train", output_dir=str(tmp_path / "killed"), resume="true", **settings)
+    random = np.random.default_rng()
+    epochs = []  # that were complete when it was killed
+    while True:
+        log = tmp_path / f"{len(epochs)}.log"
+        with log.open("w") as stream:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+        while process.poll() is None and "Engine run" not in log.read_text():
+            time.sleep(0.01)
+        if len(epochs) == 20:
+            break
+        time.sleep(random.uniform(0, 3 * epoch))
+        assert process.poll() is None, log.read_text()[-2000:]
+        process.kill()
+        process.wait()
+        last = tmp_path / "killed" / "models" / "last.pt"
+        epochs.append(torch.load(last, weights_only=True)["epoch"] if last.exists() else 0)
+    assert process.wait() == 0, log.read_text()[-2000:]
+    print(f"epochs complete at each kill: {epochs}")
+    for name in ("last.pt", "model.pt"):
+        one, other = (torch.load(tmp_path / folder / "models" / name, weights_only=True) for folder in ("whole", "killed"))
+        assert same_tensors(*((one["network"], other["network"]) if name == "last.pt" else (one, other)))
+    assert sorted(path.name for path in (tmp_path / "killed" / "models").iterdir()) == ["last.pt", "model.pt"]
 
 
 def test_two_processes_train_the_network_of_one(data, trained, tmp_path):

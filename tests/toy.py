@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import itk
 import nibabel as nib
@@ -12,8 +14,9 @@ import numpy as np
 import pydicom
 import torch
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
+from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid
 
 from bundle.networks import MultiScaleResidualNet
 
@@ -154,6 +157,42 @@ def save_checkpoint(path: Path, random: bool = True, seed: int = 0) -> Path:
     return path
 
 
+def write_mixed(folder: Path) -> Path:
+    """Two DICOM series in one folder: a head, and a smaller one of another seed."""
+    for n, array in enumerate((head(), head((30, 28, 4), seed=1))):
+        for path in write_dicom(folder / str(n), array).iterdir():
+            path.rename(folder / f"{n}{path.name}")
+        (folder / str(n)).rmdir()
+    return folder
+
+
+def compress_dicom(folder: Path, method: str) -> Path:
+    """Compress every slice of a series without loss: ``"RLE"``, ``"JPEG"`` (process 14) or ``"JPEG2000"``."""
+    for path in folder.iterdir():
+        if method == "RLE":
+            ds = pydicom.dcmread(path)
+            ds.compress(RLELossless)
+            ds.save_as(path)
+            continue
+        image = itk.imread(str(path), pixel_type=itk.SS, imageio=itk.GDCMImageIO.New())
+        image_io = itk.GDCMImageIO.New()
+        image_io.KeepOriginalUIDOn()
+        image_io.SetCompressor(method)
+        itk.ImageFileWriter[type(image)].New(Input=image, FileName=str(path), ImageIO=image_io, UseCompression=True).Update()
+    return folder
+
+
+def edit_header(path: Path, **fields) -> Path:
+    """Change fields of the header of an uncompressed NIfTI file, byte by byte: nibabel would keep them in order."""
+    content = bytearray(path.read_bytes())
+    header = np.frombuffer(content, nib.nifti1.header_dtype, count=1).copy()
+    for name, value in fields.items():
+        header[name] = value
+    content[:348] = header.tobytes()
+    path.write_bytes(content)
+    return path
+
+
 def _bytes(content: bytes, name: str = "bad.nii.gz") -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
         (folder / name).write_bytes(content)
@@ -190,14 +229,8 @@ def _rgb(folder: Path) -> Path:
     return folder / "bad.nii.gz"
 
 
-def _singular(folder: Path) -> Path:
-    path = write_nifti(folder / "bad.nii")
-    content = bytearray(path.read_bytes())
-    content[252:256] = np.array([0, 1], "<i2").tobytes()  # qform code, sform code
-    parallel = [[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 2, 0]]  # of columns as long as pixdim says, or MONAI takes the qform
-    content[280:328] = np.array(parallel, "<f4").tobytes()
-    path.write_bytes(content)
-    return path
+def _header(**fields) -> Callable[[Path], Path]:
+    return lambda folder: edit_header(write_nifti(folder / "bad.nii"), **fields)
 
 
 def _without_raw(folder: Path) -> Path:
@@ -205,6 +238,63 @@ def _without_raw(folder: Path) -> Path:
     path.with_suffix(".raw").unlink()
     return path
 
+
+def _dicom(change: Callable[[list[Path]], object]) -> Callable[[Path], Path]:
+    """A series of six slices, changed: ``change`` gets its files."""
+
+    def write(folder: Path) -> Path:
+        series = write_dicom(folder / "bad series")
+        change(sorted(series.iterdir()))
+        return series
+
+    return write
+
+
+def _move(path: Path, *shift: float) -> None:
+    ds = pydicom.dcmread(path)
+    ds.ImagePositionPatient = [float(a) + b for a, b in zip(ds.ImagePositionPatient, shift)]
+    ds.save_as(path)
+
+
+def _copy_of(path: Path) -> None:
+    ds = pydicom.dcmread(path)
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    ds.save_as(path.with_name("copy.dcm"))
+
+
+def _over_time(files: list[Path]) -> None:
+    for path in files:
+        ds = pydicom.dcmread(path)
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        ds.InstanceNumber += len(files)
+        ds.save_as(path.with_name(f"later {path.name}"))
+
+
+def _tilt(files: list[Path]) -> None:
+    for n, path in enumerate(files):
+        _move(path, 0, 0.3 * n, 0)
+
+
+def _without_position(files: list[Path]) -> None:
+    for path in files:
+        ds = pydicom.dcmread(path)
+        del ds.ImagePositionPatient
+        ds.save_as(path)
+
+
+def _link(folder: Path) -> Path:
+    (folder / "bad.nii.gz").symlink_to("moved away.nii.gz")
+    return folder / "bad.nii.gz"
+
+
+def _picture(folder: Path) -> Path:
+    picture = BytesIO()
+    Image.fromarray(head()[..., 3].astype(np.uint8)).save(picture, "png")
+    return _bytes(picture.getvalue(), "bad.nii")(folder)
+
+
+_PARALLEL = {"srow_x": [1, 1, 0, 0], "srow_y": [0, 0, 0, 0], "srow_z": [0, 0, 2, 0]}
+_NAN = [np.nan] * 4
 
 # what is wrong -> function that writes the file below a folder and returns its path, whose name starts with "bad"
 BAD_VOLUMES: dict[str, Callable[[Path], Path]] = {
@@ -221,5 +311,92 @@ BAD_VOLUMES: dict[str, Callable[[Path], Path]] = {
     "infinite": _nifti(_with_voxel(np.inf)),
     "constant": _nifti(lambda array: np.full_like(array, 7), np.int16),
     "all zero": _nifti(np.zeros_like, np.uint8),
-    "singular affine": _singular,
+    "singular affine": _header(sform_code=1, qform_code=0, **_PARALLEL),
+    "singular sform beside a good qform": _header(sform_code=1, qform_code=1, **_PARALLEL),
+    "sform of NaN": _header(sform_code=1, srow_x=_NAN, srow_y=_NAN, srow_z=_NAN),
+    "beyond float32": _nifti(_with_voxel(1e300), np.float64),
+    "corrupt header: unknown type": _header(datatype=9999),
+    "corrupt header: negative size": _header(dim=[3, 40, -36, 6, 1, 1, 1, 1]),
+    "corrupt header: larger than the file": _header(dim=[3, 30000, 30000, 30, 1, 1, 1, 1]),
+    "corrupt header: not a NIfTI magic": _header(magic=b"xyz", sizeof_hdr=7),
+    "gzip named .nii": lambda folder: write_nifti(folder / "bad.nii.gz").rename(folder / "bad.nii"),
+    "NIfTI named .mha": lambda folder: write_nifti(folder / "bad.nii").rename(folder / "bad.mha"),
+    "plain NIfTI named .nii.gz": lambda folder: write_nifti(folder / "bad.nii").rename(folder / "bad.nii.gz"),
+    "PNG named .nii": _picture,
+    "broken link": _link,
+    "DICOM: a slice is missing": _dicom(lambda files: files[3].unlink()),
+    "DICOM: a slice is there twice": _dicom(lambda files: _copy_of(files[2])),
+    "DICOM: a series over time": _dicom(_over_time),
+    "DICOM: uneven slice distances": _dicom(lambda files: _move(files[3], 0, 0, 0.5)),
+    "DICOM: tilted gantry": _dicom(_tilt),
+    "DICOM: no positions": _dicom(_without_position),
+    "DICOM: a truncated slice": _dicom(lambda files: files[2].write_bytes(files[2].read_bytes()[:-2000])),
+}
+
+
+class Stored(NamedTuple):
+    """A volume on disk, and what it should be read as: a RAS array with its affine."""
+
+    path: Path
+    array: np.ndarray
+    to_world: np.ndarray
+
+
+def _odd(
+    array: np.ndarray | None = None,
+    to_world: np.ndarray | None = None,
+    name: str = "odd.nii",
+    axcodes: str = "RAS",
+    header: dict | None = None,
+    **arguments,
+) -> Callable[[Path], Stored]:
+    def write(folder: Path) -> Stored:
+        volume = head() if array is None else array
+        at = affine() if to_world is None else to_world
+        path = write_nifti(folder / name, *stored_as(axcodes, volume, at), **arguments)
+        return Stored(edit_header(path, **header) if header else path, volume, at)
+
+    return write
+
+
+def _odd_dicom(method: str) -> Callable[[Path], Stored]:
+    return lambda folder: Stored(compress_dicom(write_dicom(folder / "odd series"), method), head(), affine())
+
+
+def _big_endian(folder: Path) -> Stored:
+    image = nib.Nifti1Image(head(), affine(), nib.Nifti1Header(endianness=">"))
+    image.to_filename(folder / "odd.nii")
+    return Stored(folder / "odd.nii", head(), affine())
+
+
+_QFORM = {"qform_code": 1, "quatern_b": 0, "quatern_c": 0, "quatern_d": 0, "pixdim": [1, 1, 1, 2, 0, 0, 0, 0]}
+
+# what is odd -> function that writes the volume below a folder and says what it should be read as
+ODD_VOLUMES: dict[str, Callable[[Path], Stored]] = {
+    "one slice": _odd(head((40, 36, 1))),
+    "1 x 1 x N": _odd(head((1, 1, 6))),
+    "1 x N x N": _odd(head((1, 36, 6))),
+    "negative values": _odd(head() - 300),
+    "uint8": _odd(head(peak=250), dtype=np.uint8),
+    "int16": _odd(dtype=np.int16),
+    "uint16": _odd(head(peak=60000), dtype=np.uint16),
+    "int32": _odd(dtype=np.int32),
+    "int32 with its largest value": _odd(_with_voxel(2**31 - 1)(head().astype(np.float64)), dtype=np.int32),
+    "float64": _odd(dtype=np.float64),
+    "big-endian": _big_endian,
+    "scl_slope and scl_inter": _odd(dtype=np.int16, slope=0.5, inter=-100),
+    "a fourth axis of one": lambda folder: Stored(write_nifti(folder / "odd.nii", head()[..., None]), head(), affine()),
+    "sagittal, oblique": _odd(to_world=affine((1, 1, 2), (12, -7, 20)), axcodes="PIR"),
+    "only a qform": _odd(header={"sform_code": 0, "qform_code": 1}),
+    # NIfTI then has the first axis run to the left, and the origin in the centre
+    "no affine (sform and qform unknown)": _odd(
+        to_world=affine(origin=(-19.5, -17.5, -5)), axcodes="LAS", header={"sform_code": 0, "qform_code": 0}
+    ),
+    "sform and qform disagree": _odd(header={**_QFORM, "qoffset_x": -13, "qoffset_y": -18, "qoffset_z": 5}),
+    "pixdim agrees with the qform only": _odd(header={**_QFORM, "pixdim": [1, 3, 3, 3, 0, 0, 0, 0]}),
+    "name with spaces and other letters": _odd(name="Größe 脳 (été) sub 01.nii.gz"),
+    "name that looks like code": _odd(name="$(touch pwned) @scale %x::y#1 __import__('os').nii.gz"),
+    "DICOM: RLE": _odd_dicom("RLE"),
+    "DICOM: JPEG lossless": _odd_dicom("JPEG"),
+    "DICOM: JPEG 2000": _odd_dicom("JPEG2000"),
 }

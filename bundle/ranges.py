@@ -1,0 +1,105 @@
+"""What the training data looked like, so that a volume far from them can be told from one like them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from monai.data import MetaTensor
+
+from .errors import InputError
+from .files import write_json
+from .metrics import FOREGROUND
+
+__all__ = ["compare", "describe", "measure", "read_ranges"]
+
+logger = logging.getLogger(__name__)
+
+# key in the files: what messages call it
+STATISTICS = {
+    "spacing_x": "voxel size of the result along x, in mm,",
+    "spacing_y": "voxel size of the result along y, in mm,",
+    "spacing_z": "slice distance, in mm,",
+    "zero": "fraction of voxels that are exactly 0 (large where a skull is stripped)",
+    "foreground": f"fraction of voxels above {FOREGROUND} of the intensity scale",
+    "mean": "mean intensity of the foreground",
+    "std": "standard deviation of the foreground",
+    "skewness": "skewness of the foreground",
+}
+TOLERANCE = 0.1  # of a value: how far outside the training data's range counts as far, where the range itself is narrower
+
+
+def describe(image: MetaTensor, factor: int = 1) -> dict[str, float]:
+    """Statistics by which volumes are compared.
+
+    Args:
+        image: (1, X, Y, Z), RAS, intensities scaled by :class:`bundle.transforms.ScaleIntensityByPercentiled`, not clipped.
+        factor: of the in-plane refinement, because the network works on the refined grid.
+
+    Returns:
+        a value for every key of ``STATISTICS``.
+    """
+    spacing = [float(s) for s in image.pixdim]
+    voxels = image.as_tensor().flatten()
+    foreground = voxels[voxels > FOREGROUND].double()
+    mean, std = foreground.mean(), foreground.std(correction=0)
+    return {
+        "spacing_x": spacing[0] / factor,
+        "spacing_y": spacing[1] / factor,
+        "spacing_z": spacing[2],
+        "zero": float((voxels == 0).float().mean()),
+        "foreground": len(foreground) / len(voxels),
+        "mean": float(mean),
+        "std": float(std),
+        "skewness": float(((foreground - mean) ** 3).mean() / std**3) if std > 0 else 0.0,
+    }
+
+
+def compare(statistics: Mapping[str, float], ranges: Mapping[str, list[float]], modality: str = "") -> list[str]:
+    """What is far from the training data: outside their range by more than its width, and by more than ``TOLERANCE`` of its end.
+
+    Args:
+        statistics: of a volume, by :func:`describe`.
+        ranges: smallest and largest value among the training subjects, by :func:`measure`.
+        modality: of the volume, where its header says it.
+
+    Returns:
+        a line for each.
+    """
+    lines = [f"modality {modality}: the training data are MR"] if modality not in ("", "MR") else []
+    for name, (low, high) in ranges.items():
+        value, width = statistics[name], high - low
+        if value < low - max(width, TOLERANCE * abs(low)) or value > high + max(width, TOLERANCE * abs(high)):
+            lines.append(f"{STATISTICS[name]} is {value:.3g}; of the training data {low:.3g} to {high:.3g}")
+    return lines
+
+
+def measure(volumes: Iterable[Mapping], path: str | Path, key: str = "image") -> None:
+    """Write the range of every statistic over volumes: ``{"volumes": their number, "ranges": {name: [smallest, largest]}}``.
+
+    Args:
+        volumes: items with a volume as :func:`describe` takes it.
+        path: of the JSON file.
+        key: of the volume in an item.
+    """
+    rows = [describe(item[key]) for item in volumes]
+    ranges = {name: [float(f"{f(row[name] for row in rows):.6g}") for f in (min, max)] for name in STATISTICS}
+    write_json(Path(path), {"volumes": len(rows), "ranges": ranges})
+    logger.info("ranges of %d volumes in %s", len(rows), path)
+
+
+def read_ranges(path: str | Path | None) -> dict[str, list[float]]:
+    """Ranges written by :func:`measure`; none where the file does not exist.
+
+    Raises:
+        InputError: for a file that does not hold ranges.
+    """
+    if path is None or not Path(path).is_file():
+        return {}
+    try:
+        ranges = json.loads(Path(path).read_text(encoding="utf-8"))["ranges"]
+        return {name: [float(low), float(high)] for name, (low, high) in ranges.items() if name in STATISTICS}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{path}: not ranges of training data ({type(e).__name__}: {e})") from e

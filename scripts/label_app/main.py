@@ -1,0 +1,340 @@
+"""MONAI Label app: super-resolves the scans of a folder for a viewer, and fine-tunes the network on them (docs/monai_label.md).
+
+Run as a script it starts the server, on the loopback address unless ``--host`` says otherwise; the options are those of
+``monailabel start_server``.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the bundle may be unpacked without being installed
+os.environ.setdefault("MONAI_LABEL_DATASTORE_FILE_EXT", '["*.nii.gz", "*.nii", "*.nrrd", "*.mha"]')  # read on import
+
+import itk
+import nibabel as nib
+import torch
+from fastapi import HTTPException
+from monai.bundle import ConfigParser, run
+from monailabel.config import settings
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.batch_infer import BatchInferTask
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+from monailabel.interfaces.tasks.strategy import Strategy
+from monailabel.interfaces.tasks.train import TrainTask
+from monailabel.main import Main
+from monailabel.utils.others.generic import device_list, device_map, file_checksum, name_to_device
+
+from bundle.data import find_volumes
+from bundle.errors import InputError, reason
+from bundle.files import write_whole
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+METADATA = json.loads((CONFIGS / "metadata.json").read_text())
+NAME = "super_resolution"  # of the model, its trainer, the strategy, and the datastore's note on a result
+FORMATS = (".nii.gz", ".nii", ".nrrd", ".mha")
+
+logger = logging.getLogger(__name__)
+
+
+class SuperResolutionApp(MONAILabelApp):
+    """What the server loads."""
+
+    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        self.fine_tuned = Path(app_dir) / "model" / "fine_tuned.pt"
+        self.task = SuperResolution(ROOT / "models" / "model.pt", self.fine_tuned)
+        texts = {key: METADATA[key] for key in ("name", "description", "version")}
+        super().__init__(app_dir, studies, conf, **texts)
+
+    def init_infers(self) -> dict[str, InferTask]:
+        return {NAME: self.task}
+
+    def init_trainers(self) -> dict[str, TrainTask]:
+        return {NAME: FineTuning(self.task, self.fine_tuned)}
+
+    def init_strategies(self) -> dict[str, Strategy]:
+        return {NAME: NextResult(self.task)}
+
+    def init_batch_infer(self) -> Callable:
+        return AllResults(self.task)
+
+    def info(self) -> dict:
+        """As usual, but every scan counts as labelled: it is its own target. Slicer trains on labelled ones only."""
+        info = super().info()
+        info["datastore"]["total"] = info["datastore"]["completed"] = len(scans(self.datastore()))
+        return info
+
+    def infer(self, request: dict, datastore: Datastore | None = None) -> dict:
+        """As usual, but an image that does not exist is named."""
+        image = request.get("image")
+        if not os.path.exists(image) and image not in (datastore or self.datastore()).list_images():
+            raise HTTPException(404, f"{image}: no such image")
+        return super().infer(request, datastore)
+
+
+class SuperResolution(InferTask):
+    """Runs ``configs/inference.json``, so that a viewer gets what the command line writes.
+
+    Args:
+        weights: files of weights, the last one that exists is used.
+    """
+
+    def __init__(self, *weights: Path) -> None:
+        # as a segmentation, the result would be loaded as a mask, in 8 bits
+        config = {"device": device_list(), "scale": ["2", "3", "4"], "axial_slices": ""}
+        super().__init__(InferType.OTHERS, {}, 3, METADATA["description"], config)
+        self.weights = weights
+
+    def is_valid(self) -> bool:
+        return self.get_path() is not None
+
+    def get_path(self, validate: bool = True) -> str | None:
+        return next((str(path) for path in reversed(self.weights) if path.exists()), None)
+
+    def __call__(self, request: dict) -> tuple[str, dict]:
+        """Super-resolve ``request["image"]``, a file or DICOM folder.
+
+        Returns:
+            file of the result, float32 in the format ``request["result_extension"]``, whatever type of voxel is asked for; and options.
+
+        Raises:
+            HTTPException: with the reason, in one line.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                extension = request.get("result_extension") or ".nii.gz"
+                if extension not in FORMATS:
+                    raise InputError(f"result_extension must be one of {', '.join(FORMATS)}, got {extension!r}")
+                volumes = find_volumes(os.path.abspath(request["image"]))
+                if len(volumes) > 1:
+                    raise InputError(f"{request['image']}: one volume expected, found {len(volumes)}")
+                options = options_of(request)
+                run(
+                    config_file=str(CONFIGS / "inference.json"),
+                    meta_file=str(CONFIGS / "metadata.json"),
+                    logging_file=False,  # the server's stays
+                    dataset_dir=volumes[0],
+                    output_dir=folder,
+                    checkpoint=self.get_path(),
+                    device=device_of(request),
+                    **options,
+                )
+                (result,) = Path(folder).rglob("*_sr.nii.gz")
+                return converted(result, extension), {"label_names": {}, **options}
+            except Exception as e:
+                raise HTTPException(422, failure_in(folder) or reason(e)) from e
+
+    def note(self, request: dict) -> dict:
+        """What a result is made with, for the datastore.
+
+        Raises:
+            HTTPException: when the request chooses what it may not.
+        """
+        try:
+            return {"weights": file_checksum(self.get_path()), **options_of(request)}
+        except InputError as e:
+            raise HTTPException(422, str(e)) from e
+
+    def add_result(self, scan: str, note: dict, request: dict, datastore: Datastore) -> str:
+        """Identifier of a scan's result in the datastore, computed unless it is there, made with what ``note`` says."""
+        name = f"{scan}_sr"
+        old_note = datastore.get_image_info(name).get(NAME)
+        if old_note is None and name in datastore.list_images():
+            raise HTTPException(422, f"{datastore.get_image_uri(name)} was not made by this server: it is not overwritten")
+        if old_note != note:
+            file, _ = self({**request, "image": datastore.get_image_uri(scan), "result_extension": ".nii.gz"})
+            try:
+                datastore.add_image(name, file, {NAME: note})
+            except OSError as e:
+                raise HTTPException(422, f"{name}: cannot be written ({e.strerror})") from e
+            finally:
+                os.unlink(file)
+        return name
+
+
+class NextResult(Strategy):
+    """*Next Sample*: opens the result of the newest scan of which none was opened yet. Viewers load it as a volume, as they do with
+    every image of the datastore; what an inference returns they take for a mask.
+
+    Args:
+        task: makes the results.
+    """
+
+    def __init__(self, task: SuperResolution) -> None:
+        super().__init__("Super-resolve the next scan and open the result")
+        self.task = task
+
+    def info(self) -> dict:
+        return {**super().info(), "config": self.task.config()}
+
+    def __call__(self, request: dict, datastore: Datastore) -> dict:
+        """
+        Raises:
+            HTTPException: when no result is left to be opened and scans failed, with the reason of the first.
+        """
+        note, failures = self.task.note(request), []
+        for scan in scans(datastore):
+            try:
+                result = self.task.add_result(scan, note, request, datastore)
+            except HTTPException as e:
+                logger.error("failed: %s", e.detail)
+                failures.append(e.detail)
+                continue
+            if "strategy" not in datastore.get_image_info(result):  # the server's note on an image that was opened
+                return {"id": result}
+        if failures:
+            more = f"; and {len(failures) - 1} more, see the server's log" if len(failures) > 1 else ""
+            raise HTTPException(422, failures[0] + more)
+        return {}
+
+
+class AllResults(BatchInferTask):
+    """Super-resolves every scan in the background, so that *Next Sample* only opens the results.
+
+    Args:
+        task: makes the results.
+    """
+
+    def __init__(self, task: SuperResolution) -> None:
+        self.task = task
+
+    def __call__(self, request: dict, datastore: Datastore, infer: Callable) -> dict[str, str]:
+        """Identifier of each scan's result, or the reason why there is none."""
+        note, results = self.task.note(request), {}
+        for scan in scans(datastore):
+            try:
+                results[scan] = self.task.add_result(scan, note, request, datastore)
+            except HTTPException as e:
+                logger.error("failed: %s", e.detail)
+                results[scan] = f"failed: {e.detail}"
+        return results
+
+
+class FineTuning(TrainTask):
+    """Runs ``configs/train.json`` on the scans, each its own target, from the weights in use.
+
+    Args:
+        task: provides the weights in use.
+        fine_tuned: where the trained weights go, if they are better than those on the scans that are held out.
+    """
+
+    def __init__(self, task: SuperResolution, fine_tuned: Path) -> None:
+        super().__init__("Fine-tune on the scans of the datastore, without labels")
+        self.task, self.fine_tuned = task, fine_tuned
+
+    def config(self) -> dict:
+        return {"device": device_list(), "max_epochs": 10, "learning_rate": 1e-4, "val_split": 0.2}
+
+    def __call__(self, request: dict, datastore: Datastore) -> dict:
+        """
+        Raises:
+            InputError: for an option that is not allowed, or fewer than two scans.
+        """
+        options = {key: type(value)(request.get(key, value)) for key, value in self.config().items() if key != "device"}
+        if options["max_epochs"] < 1 or options["learning_rate"] <= 0 or not 0 < options["val_split"] < 1:
+            raise InputError(f"max_epochs and learning_rate must be positive, val_split between 0 and 1, got {options}")
+        volumes = [{"image": datastore.get_image_uri(scan)} for scan in sorted(scans(datastore))]
+        held_out = max(1, round(options["val_split"] * len(volumes)))
+        if len(volumes) <= held_out:
+            raise InputError(f"{len(volumes)} scans: at least one is needed to train on and {held_out} to validate")
+
+        folder = self.fine_tuned.with_name("fine_tuning")
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+        train, inference = (ConfigParser.load_config_file(str(CONFIGS / f"{name}.json")) for name in ("train", "inference"))
+        start = {**inference["handlers"][0], "load_path": self.task.get_path()}
+        handlers = train["train"]["handlers"]
+        for handler in handlers:
+            if handler["_target_"] == "ValidationHandler":
+                handler["exec_at_start"] = True  # what is no better than the start is not kept
+        overrides = {"train::handlers": [start, *handlers]}
+        run(
+            config_file=str(CONFIGS / "train.json"),
+            meta_file=str(CONFIGS / "metadata.json"),
+            logging_file=str(CONFIGS / "logging.conf"),
+            output_dir=str(folder),
+            train_datalist=volumes[:-held_out],
+            val_datalist=volumes[-held_out:],
+            max_epochs=options["max_epochs"],
+            learning_rate=options["learning_rate"],
+            val_interval=1,
+            device=device_of(request),
+            **overrides,
+        )
+        better = folder / "models" / "model.pt"
+        if better.exists():
+            write_whole(self.fine_tuned, lambda part: shutil.copyfile(better, part))
+            logger.info("better than before on the held-out scans: inference uses %s from now on", self.fine_tuned)
+        else:
+            logger.info("no epoch was better than the start on the held-out scans: the weights stay as they are")
+        return {}
+
+
+def scans(datastore: Datastore) -> list[str]:
+    """Images of the datastore that are no results, newest first."""
+    images = {name: datastore.get_image_info(name) for name in datastore.list_images()}
+    results = {f"{name}_sr" for name in images} | {name for name, info in images.items() if NAME in info}
+    return sorted(images.keys() - results, key=lambda name: (-images[name].get("ts", 0), name))
+
+
+def options_of(request: dict) -> dict[str, Any]:
+    """Settings of ``configs/inference.json`` that a request may choose. Strings of a request must not get there: they can be code."""
+    scale, axial_slices = str(request.get("scale") or 2), request.get("axial_slices") or None
+    if scale not in ("2", "3", "4"):
+        raise InputError(f"scale must be 2, 3 or 4, got {scale!r}")
+    if axial_slices is not None:
+        try:
+            axial_slices = [int(n) for n in (json.loads(axial_slices) if isinstance(axial_slices, str) else axial_slices)]
+        except (TypeError, ValueError) as e:
+            raise InputError(f"axial_slices must be like [90, 97], got {axial_slices!r}") from e
+    return {"scale": int(scale), "axial_slices": axial_slices}
+
+
+def device_of(request: dict) -> torch.device:
+    """Device that a request asks for by its name or number; the first GPU, else the CPU, where it does not say."""
+    name = name_to_device(request.get("device"))
+    if name not in ("cpu", "cuda", *device_map().values()):
+        raise InputError(f"no such device: {name!r}, there are {', '.join(device_list())}")
+    return torch.device(name)
+
+
+def failure_in(folder: str) -> str | None:
+    """Why the volume failed, from ``failed.csv``."""
+    path = Path(folder) / "failed.csv"
+    if not path.exists():
+        return None
+    with path.open(newline="", encoding="utf-8") as stream:
+        return next(csv.DictReader(stream))["reason"]
+
+
+def converted(volume: Path, extension: str) -> str:
+    """Temporary file with a NIfTI volume in another format."""
+    copy = volume.with_name(f"copy{extension}")
+    if extension == ".nii.gz":
+        volume.rename(copy)
+    elif extension == ".nii":
+        nib.save(nib.load(volume), copy)
+    else:
+        itk.imwrite(itk.imread(volume), copy)
+    handle, file = tempfile.mkstemp(suffix=extension)
+    os.close(handle)
+    return shutil.move(copy, file)
+
+
+if __name__ == "__main__":
+    settings.MONAI_LABEL_CORS_ORIGINS = ["http://127.0.0.1"]  # web pages of others that a browser shows must not read the scans
+    importlib.import_module("monailabel.app")
+    settings.MONAI_LABEL_CORS_ORIGINS = []  # MONAI Label cannot write this setting out for its processes
+    sys.argv[1:] = ["start_server", "--app", str(Path(__file__).parent), "--host", "127.0.0.1", *sys.argv[1:]]
+    Main().run()

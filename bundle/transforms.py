@@ -71,6 +71,8 @@ class LoadVolumed(MapTransform):
         if not source.exists() and not source.parent.is_dir():
             raise InputError(f"{path}: no such file or folder")
         try:
+            if source.is_file():
+                source.open("rb").close()  # says why where that is not possible, as readers do not
             header: Any = nib.load(path) if _is_nifti(source) and source.is_file() else None
             if header is not None and header.get_data_dtype().names:
                 raise InputError(f"{path}: one grey-scale volume expected, got colours")
@@ -434,6 +436,8 @@ def _is_nifti(source: Path) -> bool:
 def _why_not_read(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "it would need more memory than there is"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     lines = [line.strip() for line in str(error).split("\n\n")[0].strip().splitlines()] or [type(error).__name__]
     return " ".join(lines[-2:]) if lines[-1].startswith("-") else lines[-1]  # nibabel goes on after a dash
 

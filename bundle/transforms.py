@@ -99,10 +99,10 @@ class LoadVolumed(MapTransform):
             logger.warning("%s: %s", path, remark)
         return image
 
-    def _reader(self, source: Path, **arguments) -> ImageReader:
+    def _reader(self, source: Path) -> ImageReader:
         # one reader and no other: MONAI would try all it knows in turn, among them numpy's, which runs what a pickle tells it to
         name = self.reader or ("NibabelReader" if _is_nifti(source) else "ITKReader")
-        return getattr(monai.data, name)(**arguments)
+        return getattr(monai.data, name)()
 
     def _load_series(self, source: Path) -> MetaTensor:
         folder = source if source.is_dir() else source.parent

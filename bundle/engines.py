@@ -65,9 +65,12 @@ class VolumeInference(SupervisedEvaluator):
         text = f", {done_before} of them before" if done_before else ""
         logger.info("%d of %d volumes done%s, results in %s", total - len(self.failures), total, text, self.output_dir)
         if self.failures:
-            write_whole(list_of_failures, self._write_failures)
-            count = f"{len(self.failures)} of {total} volumes failed"
-            raise InputError(f"{count}, listed in {list_of_failures}; {self.failures[0][1]}")
+            try:
+                write_whole(list_of_failures, self._write_failures)
+                where = f"listed in {list_of_failures}"
+            except OSError as e:  # the log has them all
+                where = f"{list_of_failures} cannot be written ({e.strerror})"
+            raise InputError(f"{len(self.failures)} of {total} volumes failed, {where}; {self.failures[0][1]}")
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict) -> dict:
         volume = _volume(batchdata)

@@ -140,8 +140,8 @@ def _why_not_loaded(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, UnpicklingError) and "GLOBAL" in str(error):
-        return "refused, it holds more than tensors: loading it could run a program"
+    if isinstance(error, UnpicklingError):
+        return "refused, it does not hold plain tensors: it is damaged, or loading it could run a program"
     if "state_dict" in lines[0]:
         return f"weights of another network ({' '.join(lines[1:2])[:150]})"
     return f"damaged, or no checkpoint ({lines[0][:150]})"

@@ -44,13 +44,15 @@ def describe(image: MetaTensor, factor: int = 1) -> dict[str, float]:
     spacing = [float(s) for s in image.pixdim]
     voxels = image.as_tensor().flatten()
     foreground = voxels[voxels > FOREGROUND].double()
+    if not len(foreground):  # negative values only
+        foreground = voxels.new_zeros(1)
     mean, std = foreground.mean(), foreground.std(correction=0)
     return {
         "spacing_x": spacing[0] / factor,
         "spacing_y": spacing[1] / factor,
         "spacing_z": spacing[2],
         "zero": float((voxels == 0).float().mean()),
-        "foreground": len(foreground) / len(voxels),
+        "foreground": float((voxels > FOREGROUND).float().mean()),
         "mean": float(mean),
         "std": float(std),
         "skewness": float(((foreground - mean) ** 3).mean() / std**3) if std > 0 else 0.0,

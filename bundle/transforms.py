@@ -71,6 +71,8 @@ class LoadVolumed(MapTransform):
         if not source.exists() and not source.parent.is_dir():
             raise InputError(f"{path}: no such file or folder")
         try:
+            if source.is_file():
+                source.open("rb").close()  # says why where that is not possible, as readers do not
             header: Any = nib.load(path) if _is_nifti(source) and source.is_file() else None
             if header is not None and header.get_data_dtype().names:
                 raise InputError(f"{path}: one grey-scale volume expected, got colours")
@@ -97,10 +99,10 @@ class LoadVolumed(MapTransform):
             logger.warning("%s: %s", path, remark)
         return image
 
-    def _reader(self, source: Path, **arguments) -> ImageReader:
+    def _reader(self, source: Path) -> ImageReader:
         # one reader and no other: MONAI would try all it knows in turn, among them numpy's, which runs what a pickle tells it to
         name = self.reader or ("NibabelReader" if _is_nifti(source) else "ITKReader")
-        return getattr(monai.data, name)(**arguments)
+        return getattr(monai.data, name)()
 
     def _load_series(self, source: Path) -> MetaTensor:
         folder = source if source.is_dir() else source.parent
@@ -438,6 +440,8 @@ def _is_nifti(source: Path) -> bool:
 def _why_not_read(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "it would need more memory than there is"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     lines = [line.strip() for line in str(error).split("\n\n")[0].strip().splitlines()] or [type(error).__name__]
     return " ".join(lines[-2:]) if lines[-1].startswith("-") else lines[-1]  # nibabel goes on after a dash
 

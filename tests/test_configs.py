@@ -55,9 +55,17 @@ def test_training_and_inference_agree():
     a, b = (c["preprocessing"]["transforms"] for c in (train, inference))
     assert a[:2] == b[:2]
     assert a[2] == {**b[2], "clip": True}
-    assert a[3] == b[3]
+    slices = {"_target_": "bundle.transforms.AxialSlicesd", "keys": "image", "axial_slices": "@axial_slices"}
+    assert slices in a and slices in b
     for key in ("_target_", "roi_size", "spatial_dim"):
         assert train["validate"]["inferer"][key] == inference["inferer"][key]
+
+
+def test_ranges_are_measured_on_what_inference_compares():
+    inference, measured = config("inference"), config("measure_ranges")
+    transforms = inference["preprocessing"]["transforms"]
+    compared = [t["_target_"] for t in transforms].index("bundle.transforms.CompareWithTrainingd")
+    assert measured["measured"]["transform"]["transforms"] == transforms[:compared]
 
 
 def test_the_paper_s_settings_are_the_defaults():

@@ -9,7 +9,7 @@ import torch
 import toy
 from PIL import Image
 
-from bundle.errors import InputError, reason
+from bundle.errors import InputError, full_disk, reason
 from bundle.figures import Panel, save_panels
 from bundle.files import namesakes, result_path, results_root, write_whole
 
@@ -77,6 +77,34 @@ class TestWriteWhole:
 
         write_whole(path, write)
         assert path.read_text() == "new"
+
+    @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
+    def test_content_is_on_the_disk_before_the_name_is(self, tmp_path, monkeypatch):
+        path, seen = tmp_path / "a.txt", []
+        fsync = os.fsync
+
+        def watched(descriptor):
+            seen.append((os.readlink(f"/proc/self/fd/{descriptor}"), path.exists()))
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", watched)
+        write_whole(path, lambda part: part.write_text("all"))
+        (file, before), (folder, after) = seen
+        assert Path(file).name.startswith(".part-") and not before
+        assert folder == str(tmp_path) and after
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+    def test_full_device_is_no_half_file(self, tmp_path):
+        def write(part):
+            part.write_text("half")
+            with open("/dev/full", "w") as stream:
+                stream.write("x" * 100_000)
+
+        with pytest.raises(OSError, match="No space left") as error:
+            write_whole(tmp_path / "a.txt", write)
+        assert full_disk(OSError("another")) is None
+        assert full_disk(error.value) is error.value
+        assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
     @pytest.mark.parametrize("old", ["old", None])

@@ -1,7 +1,11 @@
+import contextlib
 import csv
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import monai.bundle
@@ -215,18 +219,29 @@ class TestFormatsAndNames:
         assert files_below(tmp_path / "output") == ["sub-01_sr.json", "sub-01_sr.nii.gz", "sub-01_sr.png"]
 
 
-def command(directory, checkpoints, *arguments, configs=(CONFIG,), launcher=("-m",)):
+def command(directory, checkpoints, *arguments, configs=(CONFIG,), launcher=("-m",), prefix=()):
     """``python -m monai.bundle run`` in ``directory``, where the default ``data`` and ``output`` are."""
     logging = str(ROOT / "configs" / "logging.conf")
     given = {"config_file": str(list(configs)), "checkpoint": checkpoints["random"], "logging_file": logging, **toy.TINY_OVERRIDES}
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     return subprocess.run(
-        [sys.executable, *launcher, "monai.bundle", "run", *words, *arguments],
+        [*prefix, sys.executable, *launcher, "monai.bundle", "run", *words, *arguments],
         cwd=directory,
         capture_output=True,
         text=True,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Gives a function that lets this process, if it is root's, go on as a user without special rights until the end."""
+    root = os.geteuid() == 0
+    try:
+        yield lambda: os.seteuid(65534) if root else None
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 def times_of_change(folder):
@@ -399,11 +414,59 @@ class TestBadInput:
         assert str(tmp_path / "none.pt") in whole_story(error.value)
         assert not (tmp_path / "out" / "a_sr.nii.gz").exists()
 
-    def test_checkpoint_of_another_network_is_refused(self, infer, tmp_path):
+    def test_checkpoint_of_another_network_is_refused_by_name(self, infer, checkpoints, tmp_path):
         path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
-        with pytest.raises(Exception):  # noqa: B017
+        with pytest.raises(Exception) as error:
             infer(path, **{"network_def::num_modules": 2})
+        assert reason(error.value).startswith(f"{checkpoints['random']}: weights of another network (Missing key(s)")
         assert not (tmp_path / "out" / "a_sr.nii.gz").exists()
+
+    def test_damaged_checkpoint_is_refused_by_name(self, infer, checkpoints, tmp_path):
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
+        half = Path(checkpoints["random"]).read_bytes()[:2000]
+        (tmp_path / "half.pt").write_bytes(half)
+        with pytest.raises(Exception) as error:
+            infer(path, checkpoint=str(tmp_path / "half.pt"))
+        assert reason(error.value).startswith(f"{tmp_path / 'half.pt'}: ")
+
+    def test_missing_rights_are_named(self, infer, checkpoints):
+        with tempfile.TemporaryDirectory() as folder, as_nobody() as become_nobody:  # pytest's own folder is closed to others
+            folder = Path(folder)
+            folder.chmod(0o755)
+            for name in ("a", "closed"):
+                toy.write_nifti(folder / "in" / f"{name}.nii.gz", toy.head((20, 22, 3)))
+            (folder / "in" / "closed.nii.gz").chmod(0)
+            weights = shutil.copy(checkpoints["random"], folder)
+            for name, mode in (("read-only", 0o555), ("open", 0o777)):
+                (folder / name).mkdir()
+                (folder / name).chmod(mode)
+            become_nobody()
+            with pytest.raises(Exception) as error:
+                infer(folder / "in", output_dir=folder / "read-only", checkpoint=weights)
+            assert reason(error.value) == f"{folder / 'read-only'}: cannot be written to (Permission denied)"
+            with pytest.raises(Exception) as error:
+                infer(folder / "in", output_dir=folder / "open", checkpoint=weights)
+            ((volume, why),) = self.failures(folder / "open")
+            assert volume == str(folder / "in" / "closed.nii.gz")
+            assert why.startswith(f"{volume}: ") and "ermission" in why
+            assert (folder / "open" / "a_sr.nii.gz").exists()
+
+    def test_full_disk_stops_with_one_line_and_leaves_nothing_half_written(self, checkpoints, tmp_path):
+        own_disk = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
+        mount = 'mount -t tmpfs -o size=160k tmpfs "$0"'
+        (tmp_path / "output").mkdir()
+        if not shutil.which("unshare") or subprocess.run([*own_disk, mount, str(tmp_path / "output")]).returncode:
+            pytest.skip("needs the right to mount a small disk (unshare)")
+        for number in range(3):
+            toy.write_nifti(tmp_path / "data" / f"{number}.nii.gz", np.random.default_rng(0).random((40, 40, 3)))
+        prefix = (*own_disk, mount + ' && { "$@"; code=$?; ls -A "$0"; exit $code; }', str(tmp_path / "output"))
+        done = command(tmp_path, checkpoints, prefix=prefix)
+        assert done.returncode == 1
+        last = done.stderr.strip().splitlines()[-1]
+        assert re.fullmatch(r"error: output: No space left on device at data/\d\.nii\.gz; start again for the rest", last), last
+        left = {line for line in done.stdout.splitlines() if "_sr." in line or "part" in line}
+        assert not [name for name in left if "part" in name]
+        assert {name for name in left if name.endswith(".json")} < {"0_sr.json", "1_sr.json", "2_sr.json"}
 
     def test_output_folder_below_a_file_is_named(self, infer, tmp_path):
         path = toy.write_nifti(tmp_path / "in" / "a.nii.gz", toy.head((20, 22, 3)))

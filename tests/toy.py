@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import locale
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -168,6 +169,7 @@ def write_mixed(folder: Path) -> Path:
 
 def compress_dicom(folder: Path, method: str) -> Path:
     """Compress every slice of a series without loss: ``"RLE"``, ``"JPEG"`` (process 14) or ``"JPEG2000"``."""
+    before = locale.setlocale(locale.LC_ALL)
     for path in folder.iterdir():
         if method == "RLE":
             ds = pydicom.dcmread(path)
@@ -179,6 +181,7 @@ def compress_dicom(folder: Path, method: str) -> Path:
         image_io.KeepOriginalUIDOn()
         image_io.SetCompressor(method)
         itk.ImageFileWriter[type(image)].New(Input=image, FileName=str(path), ImageIO=image_io, UseCompression=True).Update()
+    locale.setlocale(locale.LC_ALL, before)  # ITK's DICOM writer leaves it at "C"
     return folder
 
 

@@ -1,0 +1,186 @@
+import json
+import sys
+from pathlib import Path
+
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import torch
+import toy
+
+from bundle.degradation import downsample, upsample
+from bundle.errors import InputError
+from bundle.ranges import STATISTICS, compare, describe, read_ranges
+from bundle.transforms import LoadVolumed, ScaleIntensityByPercentiled
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def statistics(path, factor=1):
+    return describe(ScaleIntensityByPercentiled("image")(LoadVolumed("image")({"image": str(path)}))["image"], factor)
+
+
+class TestDescribe:
+    def test_statistics_are_those_of_the_volume(self, tmp_path):
+        array = np.zeros((10, 10, 4))
+        array[:5] = np.linspace(1, 200, 200).reshape(5, 10, 4)
+        found = statistics(toy.write_nifti(tmp_path / "a.nii.gz", array, toy.affine((1, 2, 3), (10, 20, 30))), factor=2)
+        foreground = array[array > 0] / np.percentile(array[array > 0], 99.9)
+        foreground = foreground[foreground > 0.05]
+        expected = {
+            "spacing_x": 0.5,
+            "spacing_y": 1,
+            "spacing_z": 3,
+            "zero": 0.5,
+            "foreground": len(foreground) / 400,
+            "mean": foreground.mean(),
+            "std": foreground.std(),
+            "skewness": ((foreground - foreground.mean()) ** 3).mean() / foreground.std() ** 3,
+        }
+        assert found == pytest.approx(expected, abs=1e-5)
+        assert found.keys() == STATISTICS.keys()
+
+    def test_units_do_not_matter(self, tmp_path):
+        one, other = (statistics(toy.write_nifti(tmp_path / f"{u}.nii.gz", toy.head() * u)) for u in (1, 1000))
+        assert one == pytest.approx(other, rel=1e-4)
+
+    def test_negative_volume_has_no_foreground(self, tmp_path):
+        found = statistics(toy.write_nifti(tmp_path / "a.nii.gz", -toy.head()))
+        assert found["foreground"] == 0
+        assert compare(found, {name: [0.5, 0.6] for name in STATISTICS})  # told, not failed
+        json.loads(json.dumps(found, allow_nan=False))
+
+
+class TestCompare:
+    RANGES = {"spacing_x": [1.0, 1.0], "mean": [0.4, 0.5]}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("spacing", "mean", "far"),
+        [
+            (1.0, 0.45, []),
+            (1.09, 0.59, []),
+            (0.91, 0.31, []),
+            (1.2, 0.45, ["voxel size of the result along x, in mm, is 1.2; of the training data 1 to 1"]),
+            (0.8, 0.45, ["voxel size"]),
+            (1.0, 0.61, ["mean intensity of the foreground is 0.61; of the training data 0.4 to 0.5"]),
+            (1.0, 0.29, ["mean intensity"]),
+            (3.0, 0.9, ["voxel size", "mean intensity"]),
+        ],
+    )
+    def test_far_is_outside_by_more_than_the_width(self, spacing, mean, far):
+        lines = compare({"spacing_x": spacing, "mean": mean}, self.RANGES)
+        assert len(lines) == len(far)
+        assert all(line.startswith(start) for line, start in zip(lines, far))
+
+    @pytest.mark.parametrize(("modality", "number"), [("", 0), ("MR", 0), ("CT", 1)])
+    def test_modality_is_told_where_it_is_another(self, modality, number):
+        assert len(compare({}, {}, modality)) == number
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"ranges": {"mean": 3}}', '{"ranges": {"mean": ["a", 1]}}', '{"ranges": [1]}'])
+def test_damaged_ranges_are_refused_by_name(text, tmp_path):
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(InputError, match=r"model\.json: not ranges of training data"):
+        read_ranges(tmp_path / "model.json")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A checkpoint of an untrained network, with the ranges of two subjects beside it, measured as docs/training.md says."""
+    folder = tmp_path_factory.mktemp("ranges")
+    toy.write_subjects(folder / "data", 4)
+    toy.save_checkpoint(folder / "models" / "model.pt", random=False)
+    monai.bundle.run(
+        config_file=[str(CONFIGS / "train.json"), str(CONFIGS / "measure_ranges.json")],
+        dataset_dir=str(folder / "data"),
+        output_dir=str(folder),
+        split=[2, 1, 1],
+        **toy.TINY_OVERRIDES,
+    )
+    return folder
+
+
+def test_ranges_are_those_of_the_training_subjects(trained):
+    content = json.loads((trained / "models" / "model.json").read_text())
+    found = [statistics(trained / "data" / f"sub-{n:02d}.nii.gz") for n in (1, 2)]
+    assert content["volumes"] == 2
+    for name, (low, high) in content["ranges"].items():
+        assert (low, high) == pytest.approx(sorted(f[name] for f in found), rel=1e-5)
+
+
+@pytest.fixture
+def report(trained, tmp_path, monkeypatch):
+    """``report(volume, **overrides)``: super-resolve it by 2 and return what the JSON beside the result says."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+    def run(volume, **overrides):
+        given = {"checkpoint": str(trained / "models" / "model.pt"), **toy.TINY_OVERRIDES, **overrides}
+        monai.bundle.run(
+            config_file=str(CONFIGS / "inference.json"),
+            logging_file=str(CONFIGS / "logging.conf"),
+            dataset_dir=str(volume),
+            output_dir=str(tmp_path / "out"),
+            **given,
+        )
+        (file,) = (tmp_path / "out").glob("*.json")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    return run
+
+
+def coarse():
+    """A training subject at half the resolution, as inference gets it."""
+    return toy.head(seed=1)[::2, ::2], toy.affine((2, 2, 2))
+
+
+def test_volume_like_the_training_data_is_not_warned_about(report, tmp_path):
+    found = report(toy.write_nifti(tmp_path / "a.nii.gz", *coarse()))
+    assert found["warnings"] == []
+    assert found["training_ranges"]["spacing_x"] == [1, 1]
+
+
+def test_far_volume_is_told_in_log_and_report(report, tmp_path, capfd):
+    array = np.sqrt(np.abs(coarse()[0])) + np.random.default_rng(0).random((20, 18, 6))
+    found = report(toy.write_nifti(tmp_path / "a.nii.gz", array, toy.affine((0.5, 2, 6))))
+    for name in ("spacing_x", "spacing_z", "zero", "mean"):
+        (line,) = (line for line in found["warnings"] if line.startswith(STATISTICS[name]))
+        assert line in capfd.readouterr().out or name != "spacing_x"
+    assert found["statistics"]["spacing_x"] == pytest.approx(0.25)
+
+
+def test_other_modality_is_told(report, tmp_path):
+    series = toy.write_dicom(tmp_path / "series", *coarse())
+    for path in series.iterdir():
+        ds = pydicom.dcmread(path)
+        ds.Modality = "CT"
+        ds.save_as(path)
+    assert "modality CT: the training data are MR" in report(series)["warnings"]
+
+
+def test_weights_without_ranges_are_not_compared(report, tmp_path):
+    found = report(toy.write_nifti(tmp_path / "a.nii.gz", toy.head() ** 2, toy.affine((9, 9, 9))), training_ranges="")
+    assert (found["warnings"], found["training_ranges"]) == ([], None)
+
+
+def test_consistency_is_that_of_the_result_degraded_again(report, tmp_path):
+    array = toy.head((21, 18, 3))
+    found = report(toy.write_nifti(tmp_path / "a.nii.gz", array))
+    scale = np.percentile(array[array > 0], 99.9)
+    slices = torch.from_numpy(array).movedim(-1, 0)
+    error = (downsample(upsample(slices, 2), 2) - slices) / scale
+    expected = -10 * np.log10(float(error.square().mean()))
+    assert found["consistency_db"]["result"] == pytest.approx(expected, abs=0.02)
+    assert found["consistency_db"]["interpolated"] == pytest.approx(expected, abs=0.02)
+
+
+def test_shipped_ranges_are_of_the_fifteen_training_subjects():
+    content = json.loads((CONFIGS.parent / "models" / "model.json").read_text())
+    assert content["volumes"] == 15
+    assert content["ranges"].keys() == STATISTICS.keys()
+    sub_01 = CONFIGS.parents[1] / "shared" / "data" / "ds002748" / "sub-01.nii.gz"
+    if not sub_01.exists():
+        pytest.skip("needs ../shared/data/ds002748")
+    header = nib.load(sub_01).header
+    assert content["ranges"]["spacing_x"] == pytest.approx([header.get_zooms()[0]] * 2, rel=1e-4)

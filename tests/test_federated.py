@@ -1,7 +1,14 @@
 """Two simulated sites train one network through MONAI's federated-learning client, on subjects that never meet."""
 
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import monai.bundle
+import nibabel as nib
 import pytest
 import torch
 import toy
@@ -101,3 +108,24 @@ def test_the_best_network_of_a_site_can_be_asked_for(sites, federation):
     best = sites[1].get_weights({ExtraItems.MODEL_TYPE: ModelType.BEST_MODEL}).weights
     assert best.keys() == federation["weights"][0].keys()
     assert all(torch.isfinite(value).all() for value in best.values())
+
+
+def test_the_documented_scripts_run_under_nvidia_flare(tmp_path):
+    pytest.importorskip("nvflare", reason="pip install -e '.[federated]'")
+    client, job = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "federated_learning.md").read_text(), re.S)
+    assert job.count('"args": {}') == 1
+    (tmp_path / "client.py").write_text(client)
+    (tmp_path / "job.py").write_text(job.replace('"args": {}', f'"args": {toy.TINY}'))
+    for site in ("site-1", "site-2"):
+        toy.write_subjects(tmp_path / site, 3)
+        settings = {**SMALL, "split": [1, 1, 1], "dataset_dir": str(tmp_path / site), "output_dir": str(tmp_path / "out" / site)}
+        (tmp_path / f"{site}.json").write_text(json.dumps(settings))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "job.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
+    (checkpoint,) = tmp_path.rglob("best_FL_global_model.pt")
+    monai.bundle.run(
+        config_file=str(ROOT / "configs" / "inference.json"), dataset_dir=str(tmp_path / "site-1" / "sub-03.nii.gz"),
+        output_dir=str(tmp_path), checkpoint=str(checkpoint), **toy.TINY_OVERRIDES,
+    )  # fmt: skip
+    assert nib.load(tmp_path / "sub-03_sr.nii.gz").shape == (2 * toy.SHAPE[0], 2 * toy.SHAPE[1], toy.SHAPE[2])

@@ -5,8 +5,9 @@ from torch.nn import Module
 
 from .fft_convolution import FFTConv2d, use_fft_convolutions
 from .multi_scale_residual import MultiScaleResidualNet
+from .onnx_network import OnnxNetwork
 
-__all__ = ["FFTConv2d", "MultiScaleResidualNet", "prepare", "use_fft_convolutions"]
+__all__ = ["FFTConv2d", "MultiScaleResidualNet", "OnnxNetwork", "prepare", "use_fft_convolutions"]
 
 
 def prepare(network: Module, device: device, fft_convolutions: bool = False) -> Module:

@@ -11,8 +11,8 @@ import monai.bundle
 import nibabel as nib
 import numpy as np
 import pytest
-import toy
 import torch
+import toy
 
 from bundle.errors import InputError
 from bundle.networks import MultiScaleResidualNet, OnnxNetwork
@@ -23,7 +23,7 @@ ODD_AND_EVEN = [(1, 1, 31, 31), (2, 1, 24, 17), (3, 1, 20, 36), (1, 1, 1, 5)]
 
 def commands() -> list[str]:
     """Those of the section on exports, each on one line, without TensorRT's."""
-    section = (ROOT / "docs" / "README.md").read_text().split("### Export\n")[1].split("\n## ")[0]
+    section = re.split(r"\n##+ ", (ROOT / "docs" / "README.md").read_text().split("### Export\n")[1])[0]
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", section, re.S)).replace("\\\n", "")
     return [line for line in blocks.splitlines() if line and "trt" not in line]
 

@@ -45,7 +45,7 @@ def main() -> None:
             archive = pack(built, work / f"{NAME}_v{meta['version']}.zip")
             verify(archive, work / "zoo", read_schema(meta, arguments.schema))
             publish(built, archive, arguments.output_dir)
-    except RuntimeError as e:
+    except (RuntimeError, metadata.PackageNotFoundError) as e:
         sys.exit(f"error: {e}")
 
 
@@ -76,7 +76,7 @@ def pack(folder: Path, archive: Path) -> Path:
     """Zip a folder; the same files always give the same bytes."""
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as stream:
         for file in contents(folder):
-            info = zipfile.ZipInfo(str(file.relative_to(folder.parent)))  # dated 1980
+            info = zipfile.ZipInfo(file.relative_to(folder.parent).as_posix())  # dated 1980
             info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             stream.writestr(info, file.read_bytes())
     return archive

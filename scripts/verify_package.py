@@ -5,6 +5,7 @@ Needs the folder of the entry as its argument and, in the working directory, the
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import subprocess
@@ -83,13 +84,17 @@ def check_networks(entry: Path, work: Path) -> None:
         parser = ConfigParser()
         parser.read_config(files)
         parser["bundle_root"] = str(entry)
+        network = parser.get_parsed_content("network_def").eval()
+        if not Path(inspect.getfile(type(network))).is_relative_to(entry):
+            sys.exit(f"error: {title}: {inspect.getfile(type(network))} is not in the entry")
         checkpoint = Path(parser.get_parsed_content("checkpoint"))
-        if not checkpoint.is_relative_to(entry):
+        trained = checkpoint.is_file()
+        if not trained:
+            checkpoint = work / "untrained.pt"
+            torch.save(network.state_dict(), checkpoint)
+        elif not checkpoint.is_relative_to(entry):
             sys.exit(f"error: {title}: its weights, {checkpoint}, are not in the entry")
         ckpt_export(ckpt_file=str(checkpoint), filepath=str(work / "network.ts"), **common)
-        network = parser.get_parsed_content("network_def").eval()
-        if not Path(sys.modules[type(network).__module__].__file__ or "").is_relative_to(entry):
-            sys.exit(f"error: {title}: {sys.modules[type(network).__module__].__file__} is not in the entry")
         network.load_state_dict(torch.load(checkpoint, weights_only=True))
         exported = torch.jit.load(work / "network.ts")
         with torch.inference_mode():
@@ -97,7 +102,8 @@ def check_networks(entry: Path, work: Path) -> None:
         if not difference <= TOLERANCE:
             sys.exit(f"error: {title}: TorchScript differs by {difference:.1e}")
         parameters = sum(p.numel() for p in network.parameters())
-        print(f"{title}: {parameters:,} parameters, input and output as in the metadata; TorchScript equal to {difference:.0e}")
+        weights = "trained weights" if trained else "WITHOUT WEIGHTS"
+        print(f"{title}: {parameters:,} parameters, {weights}, input and output as in the metadata, TorchScript equal to {difference:.0e}")
 
 
 def check_inference(entry: Path, scan: Path, work: Path) -> None:

@@ -118,7 +118,13 @@ def test_the_documented_scripts_run_under_nvidia_flare(tmp_path):
     (tmp_path / "job.py").write_text(job.replace('"args": {}', f'"args": {toy.TINY}'))
     for site in ("site-1", "site-2"):
         toy.write_subjects(tmp_path / site, 3)
-        settings = {**SMALL, "split": [1, 1, 1], "dataset_dir": str(tmp_path / site), "output_dir": str(tmp_path / "out" / site)}
+        settings = {
+            **SMALL,
+            "split": [1, 1, 1],
+            "patches_per_volume": 8,
+            "dataset_dir": str(tmp_path / site),
+            "output_dir": str(tmp_path / "out" / site),
+        }
         (tmp_path / f"{site}.json").write_text(json.dumps(settings))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "job.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment)

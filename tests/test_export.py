@@ -1,5 +1,7 @@
 """The network as TorchScript and ONNX, by the commands of the model card, in a copy of the bundle."""
 
+import inspect
+import json
 import os
 import re
 import shutil
@@ -118,6 +120,15 @@ def test_tiles_of_the_tensorrt_overlay_cover_a_slice(tmp_path):
     whole, tiles = (nib.load(tmp_path / name / "scan_sr.nii.gz").get_fdata() for name in ("whole", "tiles"))
     assert tiles.shape == whole.shape == (80, 70, 2)
     assert np.abs(tiles - whole).max() < 0.02 * whole.max()  # each has seen zeros beyond its edge
+
+
+def test_the_tensorrt_engine_fits_its_overlay():
+    export, overlay = (json.loads((ROOT / "configs" / f"{name}.json").read_text()) for name in ("export_trt", "inference_trt"))
+    assert export.keys() <= inspect.signature(monai.bundle.trt_export).parameters.keys()
+    assert export["input_shape"] == [1, 1, *overlay["inferer"]["roi_size"]]
+    smallest, _, largest = export["dynamic_batchsize"]
+    assert smallest == 1
+    assert largest >= overlay["inferer"]["sw_batch_size"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a network"])

@@ -75,7 +75,7 @@ class Checkpoints:
         Raises:
             InputError: when ``last.pt`` is damaged or belongs to another network, or a new run would overwrite it.
         """
-        if not self.last.exists():
+        if trainer.state.iteration or not self.last.exists():  # a later run of one trainer is a round of federated learning
             return
         if not self.resume:
             raise InputError(

@@ -40,6 +40,13 @@ def test_version_is_one_and_in_the_changelog():
     assert meta["version"] in meta["changelog"]
 
 
+def test_metrics_in_the_metadata_are_the_documented_ones():
+    performance = (ROOT / "docs" / "README.md").read_text().split("## Performance")[1].split("\n## ")[0]
+    (row,) = [line for line in performance.splitlines() if line.startswith("| network |")]
+    psnr, ssim = (float(cell.split()[0]) for cell in row.split("|")[2:4])
+    assert config("metadata")["eval_metrics"] == {"mean_psnr": psnr, "mean_ssim": ssim}
+
+
 def test_required_packages_are_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {re.match(r"[\w-]+", requirement).group() for requirement in project["dependencies"]}

@@ -8,6 +8,7 @@ from .drrn import DRRN
 from .fft_convolution import FFTConv2d, use_fft_convolutions
 from .fsrcnn import FSRCNN
 from .multi_scale_residual import MultiScaleResidualNet
+from .onnx_network import OnnxNetwork
 from .rcan import RCAN
 from .rdn import RDN
 from .srcnn import SRCNN
@@ -25,6 +26,7 @@ __all__ = [
     "VDSR",
     "FFTConv2d",
     "MultiScaleResidualNet",
+    "OnnxNetwork",
     "SRDenseNet",
     "SRResNet",
     "prepare",

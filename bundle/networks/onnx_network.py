@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from monai.utils import optional_import
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+__all__ = ["OnnxNetwork"]
+
+onnxruntime, HAS_ONNXRUNTIME = optional_import("onnxruntime")
+
+
+class OnnxNetwork(nn.Module):
+    """A network exported to ONNX (``configs/export_onnx.json``), computed by ONNX Runtime: on a GPU where its package supports one, else on
+    the CPU with as many threads as PyTorch uses.
+
+    Args:
+        path: of the ``.onnx`` file.
+
+    Raises:
+        InputError: when ONNX Runtime is not installed, or cannot read the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        if not HAS_ONNXRUNTIME:
+            raise InputError(f"{path}: ONNX Runtime is needed to run it: pip install onnxruntime")
+        if not Path(path).is_file():
+            raise InputError(f"{path}: no such file; configs/export_onnx.json makes one")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers)
+        except Exception as e:
+            raise InputError(f"{path}: not an ONNX network ({str(e).splitlines()[0]})") from e
+        self.input = self.session.get_inputs()[0].name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 1, H, W) -> (N, 1, H, W), float32."""
+        (output,) = self.session.run(None, {self.input: x.detach().float().cpu().numpy()})
+        return torch.from_numpy(output).to(x.device)

@@ -1,0 +1,141 @@
+"""The network as TorchScript and ONNX, by the commands of the model card, in a copy of the bundle."""
+
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import toy
+
+from bundle.errors import InputError
+from bundle.networks import MultiScaleResidualNet, OnnxNetwork
+
+ROOT = Path(__file__).parents[1]
+ODD_AND_EVEN = [(1, 1, 31, 31), (2, 1, 24, 17), (3, 1, 20, 36), (1, 1, 1, 5)]
+
+
+def commands() -> list[str]:
+    """Those of the section on exports, each on one line, without TensorRT's."""
+    section = re.split(r"\n##+ ", (ROOT / "docs" / "README.md").read_text().split("### Export\n")[1])[0]
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", section, re.S)).replace("\\\n", "")
+    return [line for line in blocks.splitlines() if line and "trt" not in line]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """Copy of the bundle in which every export command has been run on a small scan."""
+    pytest.importorskip("onnxruntime", reason="pip install -e '.[onnx]'")
+    folder = tmp_path_factory.mktemp("bundle")
+    for name in ("bundle", "configs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "models").mkdir()
+    shutil.copy(ROOT / "models" / "model.pt", folder / "models")
+    toy.write_nifti(folder / "scan.nii.gz", toy.head((13, 10, 2)))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    for command in commands():
+        run = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+        assert run.returncode == 0, f"{command}\n{(run.stdout + run.stderr)[-3000:]}"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def network() -> MultiScaleResidualNet:
+    network = MultiScaleResidualNet()
+    network.load_state_dict(torch.load(ROOT / "models" / "model.pt", weights_only=True))
+    return network.eval()
+
+
+def test_the_model_card_has_a_command_for_each_step():
+    assert [re.search(r"(ckpt_export|onnx_export|model\.ts|inference_onnx)", c).group() for c in commands()] == [
+        "ckpt_export", "model.ts", "onnx_export", "inference_onnx",
+    ]  # fmt: skip
+
+
+@torch.inference_mode()
+def test_exports_equal_the_network_on_odd_and_even_sizes(exported, network):
+    torchscript = torch.jit.load(exported / "models" / "model.ts")
+    onnx = OnnxNetwork(exported / "models" / "model.onnx")
+    for shape in ODD_AND_EVEN:
+        x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        expected = network(x)
+        assert float((expected - x).abs().max()) > 1e-3 or x.numel() < 10  # the network does something
+        torch.testing.assert_close(torchscript(x), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(onnx(x), expected, rtol=0, atol=1e-4)
+
+
+def test_exports_hold_plain_convolutions(exported):
+    onnx = pytest.importorskip("onnx")
+    nodes = [node.op_type for node in onnx.load(exported / "models" / "model.onnx").graph.node]
+    assert nodes.count("Conv") == sum(isinstance(m, torch.nn.Conv2d) for m in MultiScaleResidualNet().modules())
+    assert set(nodes) == {"Conv", "PRelu", "Add"}
+
+
+@pytest.mark.parametrize("way", ["torchscript", "onnx"])
+def test_inference_through_an_export_equals_that_through_pytorch(way, exported, tmp_path):
+    monai.bundle.run(
+        config_file=str(exported / "configs" / "inference.json"), dataset_dir=str(exported / "scan.nii.gz"), output_dir=str(tmp_path),
+        checkpoint=str(ROOT / "models" / "model.pt"), device="$torch.device('cpu')",
+    )  # fmt: skip
+    expected = nib.load(tmp_path / "scan_sr.nii.gz")
+    result = nib.load(exported / "RUN" / way / "scan_sr.nii.gz")
+    assert np.array_equal(result.affine, expected.affine)
+    np.testing.assert_allclose(result.get_fdata(), expected.get_fdata(), atol=1e-4 * 1000)  # intensities reach 1000
+
+
+def test_other_networks_can_be_exported(tmp_path):
+    pytest.importorskip("onnxruntime", reason="pip install -e '.[onnx]'")
+    checkpoint = toy.save_checkpoint(tmp_path / "tiny.pt")
+    monai.bundle.onnx_export(
+        args_file=str(ROOT / "configs" / "export_onnx.json"), config_file=str(ROOT / "configs" / "inference.json"),
+        ckpt_file=str(checkpoint), filepath=str(tmp_path / "tiny.onnx"), **toy.TINY_OVERRIDES,
+    )  # fmt: skip
+    network = MultiScaleResidualNet(**toy.TINY)
+    network.load_state_dict(torch.load(checkpoint, weights_only=True))
+    x = torch.rand(2, 1, 9, 14)
+    torch.testing.assert_close(OnnxNetwork(tmp_path / "tiny.onnx")(x), network(x), rtol=0, atol=1e-4)
+
+
+def test_tiles_of_the_tensorrt_overlay_cover_a_slice(tmp_path):
+    """An engine needs a GPU; TorchScript takes its place, and tiles of 48 x 48 that of 256 x 256."""
+    checkpoint = toy.save_checkpoint(tmp_path / "tiny.pt")
+    inference = str(ROOT / "configs" / "inference.json")
+    scan = toy.write_nifti(tmp_path / "scan.nii.gz", toy.head((40, 35, 2)))
+    common = {"dataset_dir": str(scan), "device": "$torch.device('cpu')"}
+    monai.bundle.ckpt_export(config_file=inference, ckpt_file=str(checkpoint), filepath=str(tmp_path / "tiny.ts"), **toy.TINY_OVERRIDES)
+    monai.bundle.run(config_file=inference, output_dir=str(tmp_path / "whole"), checkpoint=str(checkpoint), **common, **toy.TINY_OVERRIDES)
+    monai.bundle.run(
+        config_file=[inference, str(ROOT / "configs" / "inference_trt.json")], output_dir=str(tmp_path / "tiles"),
+        trt_file=str(tmp_path / "tiny.ts"), imports=["$import os", "$import torch"], **{"inferer::roi_size": [48, 48]}, **common,
+    )  # fmt: skip
+    whole, tiles = (nib.load(tmp_path / name / "scan_sr.nii.gz").get_fdata() for name in ("whole", "tiles"))
+    assert tiles.shape == whole.shape == (80, 70, 2)
+    assert np.abs(tiles - whole).max() < 0.02 * whole.max()  # each has seen zeros beyond its edge
+
+
+def test_the_tensorrt_engine_fits_its_overlay():
+    export, overlay = (json.loads((ROOT / "configs" / f"{name}.json").read_text()) for name in ("export_trt", "inference_trt"))
+    assert export.keys() <= inspect.signature(monai.bundle.trt_export).parameters.keys()
+    assert export["input_shape"] == [1, 1, *overlay["inferer"]["roi_size"]]
+    smallest, _, largest = export["dynamic_batchsize"]
+    assert smallest == 1
+    assert largest >= overlay["inferer"]["sw_batch_size"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a network"])
+def test_a_file_that_is_no_onnx_network_is_named(content, tmp_path):
+    pytest.importorskip("onnxruntime", reason="pip install -e '.[onnx]'")
+    path = tmp_path / "model.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        OnnxNetwork(path)

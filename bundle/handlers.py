@@ -8,11 +8,12 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import ignite.distributed as idist
+import monai.handlers
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.handlers import CheckpointLoader, from_engine
+from monai.handlers import from_engine
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import InputError, switch
@@ -21,12 +22,12 @@ from .files import write_whole
 from .metrics import psnr, ssim
 from .transforms import name_of
 
-__all__ = ["Checkpoints", "EvaluationReport", "WeightsLoader"]
+__all__ = ["CheckpointLoader", "Checkpoints", "EvaluationReport"]
 
 logger = logging.getLogger(__name__)
 
 
-class WeightsLoader(CheckpointLoader):
+class CheckpointLoader(monai.handlers.CheckpointLoader):
     """MONAI's loader of weights, which loads tensors and nothing else; what cannot be loaded is refused by name, in one line."""
 
     def __call__(self, engine: Engine) -> None:

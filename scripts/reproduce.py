@@ -87,7 +87,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True, type=Path, help="folder of everything written; continued where it exists")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), metavar="NAME", help="which to train")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--epochs", type=int, help="the paper's epochs (900 patches a volume, batch 64), x 0.1 after each third; 90 if no budget")
+    budget.add_argument("--epochs", type=int, help="the paper's (900 patches a volume, batch 64), x 0.1 after each third; 90 if no budget")
     budget.add_argument("--patches", type=int, help="patches in all, batch 16, x 0.1 after 70 and 90 %% of them: for a CPU")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each network, with seeds 0, 1, ...")
     parser.add_argument("--scale", type=int, default=2, help="factor")
@@ -263,10 +263,8 @@ class Run:
         truth, given = self._test_slice()
         panels = [Panel("HR", truth[0, 0])]
         for name in results["methods"]:
-            if name in INTERPOLATIONS:
-                result = degrade(truth, self.scale, interpolation=name)
-            else:
-                result = self._predict(name, given)[0]
+            known = name in INTERPOLATIONS
+            result = degrade(truth, self.scale, interpolation=name) if known else self._predict(name, given)[0]
             title = {**INTERPOLATIONS, **NETWORKS}[name].replace(", ", ",\n").replace(" (", "\n(")
             title += f"\n{float(psnr(result, truth)):.2f} dB / {float(ssim(result, truth)):.4f}"
             panels.append(Panel(title, result[0, 0], error=(result - truth).abs()[0, 0]))
@@ -284,7 +282,7 @@ class Run:
                 smooth = np.convolve(values, np.ones(window) / window, "valid")
                 axis.plot(steps[window - 1 :] * self.budget["batch_size"], smooth, label=title, linewidth=1)
         if axis.lines:
-            axis.set(xlabel="patches", ylabel="training loss (8-bit levels squared; with its TV term where a network has one)", yscale="log")
+            axis.set(xlabel="patches", ylabel="training loss (8-bit levels squared, with TV where a network has it)", yscale="log")
             axis.legend(fontsize=8)
             write_whole(self.output_dir / "training_curves.png", lambda path: figure.savefig(path, dpi=110))
 
@@ -293,7 +291,8 @@ def budget_of(epochs: int | None, patches: int | None, volumes: int) -> dict:
     """Settings of train.json that make the budget: the paper's schedule, or a number of patches rounded up."""
     if patches is None:
         epochs = epochs or 90
-        return {"batch_size": 64, "patches_per_volume": 900, "max_epochs": epochs, "lr_milestones": [math.ceil(epochs / 3), math.ceil(2 * epochs / 3)]}
+        milestones = [math.ceil(epochs / 3), math.ceil(2 * epochs / 3)]
+        return {"batch_size": 64, "patches_per_volume": 900, "max_epochs": epochs, "lr_milestones": milestones}
     epochs = min(34, max(3, patches // (16 * volumes)))  # an epoch is what a killed training can lose
     return {
         "batch_size": 16, "patches_per_volume": math.ceil(patches / (epochs * volumes)), "max_epochs": epochs,
@@ -329,7 +328,7 @@ def paired_difference(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
 def table(results: dict) -> str:
     """Markdown table of the results, and the paper's figures beside them where it has some."""
     paper = PAPER.get(results["dataset"], {})
-    header = ["method", "PSNR, dB", "SSIM", "gain, dB", "PSNR minus proposed, dB [95 %]", "parameters", "M multiply-adds / pixel", "s / slice"]
+    header = "method|PSNR, dB|SSIM|gain, dB|PSNR minus proposed, dB [95 %]|parameters|M multiply-adds / pixel|s / slice".split("|")
     lines = [header + (["paper"] if paper else [])]
     for name, m in results["methods"].items():
         difference = m["psnr"].get("difference_to_proposed")

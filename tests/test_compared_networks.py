@@ -87,7 +87,17 @@ def test_overlays_have_the_parameters_of_the_comparison(name, parameters):
 
 @pytest.mark.parametrize(
     ("name", "convolutions"),
-    [("srcnn", 3), ("fsrcnn", 8), ("vdsr", 20), ("drrn", 20), ("rdn", 16), ("rcan", 18), ("srresnet", 19), ("drcn", 20), ("srdensenet", 18)],
+    [
+        ("srcnn", 3),
+        ("fsrcnn", 8),
+        ("vdsr", 20),
+        ("drrn", 20),
+        ("rdn", 16),
+        ("rcan", 18),
+        ("srresnet", 19),
+        ("drcn", 20),
+        ("srdensenet", 18),
+    ],
 )
 def test_depth_is_near_19(name, convolutions):
     """Convolutions larger than 1x1 on the longest path; FSRCNN and SRCNN are as shallow as published."""

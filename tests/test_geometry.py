@@ -19,21 +19,20 @@ FOLDER = tempfile.TemporaryDirectory()
 
 @functools.cache
 def transforms(factor):
-    """The preprocessing, and the postprocessing without pictures and reports, as the config has them."""
+    """The preprocessing, and what makes a file of the result, without its report, as the config has them."""
     parser = ConfigParser()
     parser.read_config(CONFIG)
     parser.update({"scale": factor, "dataset_dir": FOLDER.name, "volumes": [], "output_dir": FOLDER.name, "checkpoint": os.devnull})
-    kept = ("Invertd", "bundle.transforms.SaveVolumed")
-    post = parser["postprocessing::transforms"]
-    parser["postprocessing::transforms"] = [t for t in post if t["_target_"] in kept]
-    return parser.get_parsed_content("preprocessing"), parser.get_parsed_content("postprocessing")
+    save = [t for t in parser["saving::transforms"] if t["_target_"] == "bundle.transforms.SaveVolumed"]
+    parser["saving::transforms"] = save
+    return [parser.get_parsed_content(name) for name in ("preprocessing", "postprocessing", "saving")]
 
 
 def refine(path, factor):
     """The file that inference writes with a network that returns its input."""
-    before, after = transforms(factor)
+    before, after, save = transforms(factor)
     sample = before({"image": str(path)})
-    after({**sample, "pred": sample["image"]})
+    save(after({**sample, "pred": sample["image"]}))
     return nib.load(path.with_name(path.name.replace(".nii.gz", "_sr.nii.gz")))
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from .initialization import start_at_zero
@@ -23,7 +25,7 @@ class VDSR(nn.Module):
         super().__init__()
         channels = [1] + [features] * (num_layers - 1)
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(channels, channels[1:]):
+        for inputs, outputs in pairwise(channels):
             layers += [_conv(inputs, outputs), nn.ReLU()]
             nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")  # type: ignore[arg-type]
         self.residual = nn.Sequential(*layers, start_at_zero(_conv(features, 1)))

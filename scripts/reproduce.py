@@ -328,8 +328,9 @@ def paired_difference(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
 def table(results: dict) -> str:
     """Markdown table of the results, and the paper's figures beside them where it has some."""
     paper = PAPER.get(results["dataset"], {})
-    header = "method|PSNR, dB|SSIM|gain, dB|PSNR minus proposed, dB [95 %]|parameters|M multiply-adds / pixel|s / slice".split("|")
-    lines = [header + (["paper"] if paper else [])]
+    header = ["method", "PSNR, dB", "SSIM", "gain, dB", "PSNR minus proposed, dB [95 %]"]
+    header += ["parameters", "M multiply-adds / pixel", "s / slice"] + (["paper"] if paper else [])
+    lines = [header]
     for name, m in results["methods"].items():
         difference = m["psnr"].get("difference_to_proposed")
         line = [

@@ -196,7 +196,7 @@ def test_bad_factor_is_named(function, factor):
         function(noise(8, 8), factor)
 
 
-@pytest.mark.parametrize("mode", ["bilinear", "", None])
+@pytest.mark.parametrize("mode", ["trilinear", "", None])
 @pytest.mark.parametrize("function", [downsample, upsample, degrade])
 def test_bad_mode_is_named(function, mode):
     with pytest.raises(ValueError, match=f"mode must be one of .*, got {mode!r}"):

@@ -1,4 +1,4 @@
-"""The networks that the paper compares or names: what their own papers say about them."""
+"""The networks that the paper compares or names, what their own papers say about them; and the fast one."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,9 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from bundle.networks import DRCN, DRRN, FSRCNN, RCAN, RDN, SRCNN, VDSR, SRDenseNet, SRResNet
+from bundle.networks import DRCN, DRRN, FSRCNN, RCAN, RDN, SRCNN, VDSR, PixelShuffleResidualNet, SRDenseNet, SRResNet
 
 OVERLAYS = Path(__file__).parents[1] / "configs" / "networks"
 SMALL = {
@@ -21,6 +22,7 @@ SMALL = {
     "srresnet": lambda: SRResNet(4, 3),
     "drcn": lambda: DRCN(4, 5),
     "srdensenet": lambda: SRDenseNet(2, 3, 4, 6),
+    "fast": lambda: PixelShuffleResidualNet(4, 2),
 }
 
 
@@ -262,6 +264,22 @@ def srdensenet(w, x):
     return x + convolve(w, "reconstruct", F.relu(convolve(w, "bottleneck", levels)))
 
 
+def fast(w, x):
+    rows, columns = x.shape[-2:]
+    i, j = torch.arange(0, rows, 2), torch.arange(0, columns, 2)
+    phases = [(i + a, j + b) for a in (0, 1) for b in (0, 1)]
+    folded = torch.cat([x[:, :, r.clamp(max=rows - 1)][..., c.clamp(max=columns - 1)] for r, c in phases], 1)
+    f_0 = convolve(w, "shallow", folded)
+    f = f_0
+    for block in range(2):
+        f = f + convolve(w, f"deep.{block}.body.2", F.relu(convolve(w, f"deep.{block}.body.0", f)))
+    y = x.clone()
+    for phase, residual in enumerate(convolve(w, "reconstruct", f_0 + convolve(w, "deep.2", f)).unbind(1)):
+        part = y[:, 0, phase // 2 :: 2, phase % 2 :: 2]
+        part += residual[:, : part.shape[1], : part.shape[2]]
+    return y
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_network_follows_its_paper(name):
     network, x = randomised(name), noise(2, 1, 10, 7)
@@ -273,3 +291,9 @@ def test_network_follows_its_paper(name):
 def test_recursions_share_their_weights():
     assert count(DRRN(num_units=9)) == count(DRRN(num_units=25))
     assert count(DRCN(8, 3)) == count(DRCN(8, 16)) - 13  # a weight for each prediction
+
+
+def test_fast_network_costs_a_fortieth_of_the_papers():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        overlay("fast")(torch.rand(1, 1, 32, 32))
+    assert counter.get_total_flops() / 2 / 32**2 <= 184_000  # multiply-adds a pixel

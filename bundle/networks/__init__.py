@@ -9,6 +9,7 @@ from .fft_convolution import FFTConv2d, use_fft_convolutions
 from .fsrcnn import FSRCNN
 from .multi_scale_residual import MultiScaleResidualNet
 from .onnx_network import OnnxNetwork
+from .pixel_shuffle_residual import PixelShuffleResidualNet
 from .rcan import RCAN
 from .rdn import RDN
 from .srcnn import SRCNN
@@ -27,6 +28,7 @@ __all__ = [
     "FFTConv2d",
     "MultiScaleResidualNet",
     "OnnxNetwork",
+    "PixelShuffleResidualNet",
     "SRDenseNet",
     "SRResNet",
     "prepare",

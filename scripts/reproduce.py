@@ -82,7 +82,8 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataset", required=True, choices=sorted(p.stem for p in (CONFIGS / "datasets").glob("*.json")), help="protocol")
+    known = ", ".join(sorted(path.stem for path in (CONFIGS / "datasets").glob("*.json")))
+    parser.add_argument("--dataset", required=True, type=protocol, help=f"protocol: {known}, or an overlay of your own like theirs")
     parser.add_argument("--dataset_dir", required=True, help="folder of the volumes")
     parser.add_argument("--output_dir", required=True, type=Path, help="folder of everything written; continued where it exists")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), metavar="NAME", help="which to train")
@@ -98,6 +99,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def protocol(dataset: str) -> Path:
+    """Overlay of a data set, by its name or as a file."""
+    path = Path(dataset) if dataset.endswith(".json") else CONFIGS / "datasets" / f"{dataset}.json"
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"no such data set: {path}")
+    return path
+
+
 class Run:
     """A folder of trainings and evaluations: ``<output_dir>/<network>/seed<n>``.
 
@@ -109,14 +118,14 @@ class Run:
         self.dataset, self.dataset_dir, self.output_dir = given.dataset, given.dataset_dir, given.output_dir
         self.networks = [name for name in NETWORKS if name in given.networks]
         self.seeds, self.scale = given.seeds, given.scale
-        parser = parsed("train", f"datasets/{self.dataset}", dataset_dir=self.dataset_dir)
+        parser = parsed(*self._configs("proposed"), dataset_dir=self.dataset_dir)
         self.volumes = len(parser.get_parsed_content("train_datalist"))
         first, last = parser.get_parsed_content("axial_slices")
         middle = (first + last) // 2
         trial = given.patches is not None and given.patches < 1000
         self.axial_slices = given.axial_slices or ([middle, middle] if trial else [first, last])
         self.budget = budget_of(given.epochs, given.patches, self.volumes)
-        settings = {"dataset": self.dataset, "scale": self.scale, "axial_slices": self.axial_slices, **self.budget}
+        settings = {"dataset": self.dataset.stem, "scale": self.scale, "axial_slices": self.axial_slices, **self.budget}
         path = self.output_dir / "settings.json"
         if path.exists() and (earlier := json.loads(path.read_text())) != settings:
             changed = ", ".join(f"{key} {earlier.get(key)}" for key in settings if earlier.get(key) != settings[key])
@@ -163,7 +172,8 @@ class Run:
         return parsed(*self._configs(name)).get_parsed_content("network_def")
 
     def _configs(self, name: str, *between: str) -> list[str]:
-        return ["train", f"datasets/{self.dataset}", *between, *([] if name == "proposed" else [f"networks/{name}"])]
+        overlays = [*between, *([] if name == "proposed" else [f"networks/{name}"])]
+        return [str(path) for path in (CONFIGS / "train.json", self.dataset, *(CONFIGS / f"{overlay}.json" for overlay in overlays))]
 
     def _bundle_run(self, name: str, output_dir: Path, task: str, **overrides) -> None:
         configs = self._configs(name, *(["evaluate"] if task == "evaluate" else []))
@@ -171,7 +181,7 @@ class Run:
         if task == "train":
             shared["train::dataset"] = self._data("proposed", task, "train::dataset", overrides)
         bundle.run(
-            config_file=[str(CONFIGS / f"{c}.json") for c in configs],
+            config_file=configs,
             meta_file=str(CONFIGS / "metadata.json"),
             logging_file=str(CONFIGS / "logging.conf"),
             dataset_dir=self.dataset_dir,
@@ -229,7 +239,7 @@ class Run:
                     method[metric]["difference_to_proposed"] = paired_difference(pairs)
         machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
         return {
-            "dataset": self.dataset, "scale": self.scale, "axial_slices": self.axial_slices, "budget": self.budget,
+            "dataset": self.dataset.stem, "scale": self.scale, "axial_slices": self.axial_slices, "budget": self.budget,
             "machine": f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}",
             "slice_for_timing": list(truth.shape[-2:]), "methods": methods,
         }  # fmt: skip
@@ -302,7 +312,7 @@ def budget_of(epochs: int | None, patches: int | None, volumes: int) -> dict:
 
 def parsed(*configs: str, **overrides) -> ConfigParser:
     parser = ConfigParser()
-    parser.read_config([str(CONFIGS / f"{c}.json") for c in configs])
+    parser.read_config(list(configs))
     parser.update(overrides)
     return parser
 

@@ -1,12 +1,21 @@
 """The commands of scripts/, as a user runs them."""
 
+import json
 import re
 import runpy
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import toy
 from PIL import Image
+from scipy import stats
+
+from bundle.errors import InputError
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -30,3 +39,65 @@ def test_benchmark_prints_a_row_for_each_algorithm(monkeypatch, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row.split("|")[1].strip() for row in rows[1:]] == ["direct", "frequency domain", "ratio"]
     assert all(float(value) > 0 for row in rows[1:] for value in row.split("|")[2:4])
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory) -> list[str]:
+    """The command that compares two networks on five toy subjects by a protocol of their own; killed after its first training."""
+    folder = tmp_path_factory.mktemp("study")
+    for n in range(1, 6):
+        toy.write_nifti(folder / "data" / f"sub-{n}.nii.gz", toy.head(seed=n))
+    (folder / "toy.json").write_text(json.dumps({"axial_slices": [1, 4], "split": [2, 1, 2], "val_interval": 3}))
+    arguments = ["--dataset", str(folder / "toy.json"), "--dataset_dir", str(folder / "data"), "--output_dir", str(folder / "RUN")]
+    arguments += ["--networks", "fsrcnn", "srcnn", "--axial_slices", "2", "3", "--patches", "96"]
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPTS / "reproduce.py"), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (folder / "RUN" / "fsrcnn" / "seed0" / "weights.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return arguments
+
+
+def test_a_killed_comparison_does_only_what_is_missing(comparison, monkeypatch, capsys):
+    output_dir = Path(comparison[5])
+    run(monkeypatch, "reproduce.py", *comparison)
+    printed = capsys.readouterr().out
+    assert int(re.match(r"(\d+) of 7 steps are finished already", printed)[1]) >= 4  # three interpolations and a training
+    assert "train fsrcnn" not in printed
+    assert "train srcnn, seed 0" in printed
+
+    # what it wrote
+    results = json.loads((output_dir / "results.json").read_text())
+    assert list(results["methods"]) == ["nearest", "bilinear", "bicubic", "fsrcnn", "srcnn"]
+    assert (output_dir / "results.md").read_text() in printed
+    for method in results["methods"].values():
+        psnr = [subject["psnr"] for subject in method["subjects"].values()]
+        assert len(psnr) == 2
+        assert f"{np.mean(psnr):.2f} ± {np.std(psnr, ddof=1):.2f}" in printed
+        assert method["psnr"]["gain"] == pytest.approx(method["psnr"]["mean"] - results["methods"]["bicubic"]["psnr"]["mean"])
+    assert results["methods"]["srcnn"]["parameters"] == 57_281
+    for picture in ("comparison.png", "training_curves.png"):
+        with Image.open(output_dir / picture) as image:
+            assert image.width > 500
+
+    # and once more
+    before = {path: path.stat().st_mtime_ns for path in output_dir.glob("*/seed0/**/*.*")}
+    run(monkeypatch, "reproduce.py", *comparison)
+    assert "7 of 7 steps are finished already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in output_dir.glob("*/seed0/**/*.*")} == before
+
+
+def test_a_comparison_with_other_settings_is_not_mixed_in(comparison, monkeypatch):
+    with pytest.raises(InputError, match=r"holds a run with other settings \(.*choose another --output_dir"):
+        run(monkeypatch, "reproduce.py", *comparison[:-1], "200")
+
+
+def test_paired_differences_have_the_interval_of_a_t_test():
+    paired_difference = runpy.run_path(str(SCRIPTS / "reproduce.py"))["paired_difference"]
+    ours, theirs = np.array([30.1, 31.5, 29.2, 33.3]), np.array([30.4, 31.9, 29.1, 33.9])
+    result = paired_difference(list(zip(ours, theirs)))
+    interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert (result["low"], result["mean"], result["high"]) == pytest.approx((interval.low, (ours - theirs).mean(), interval.high))

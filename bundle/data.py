@@ -119,6 +119,7 @@ class InferenceDataset(Dataset):
         output_dir, root: see :func:`bundle.files.result_path`; ``None``: nothing counts as done.
         made_with: settings that a result must have been made with to count as done.
         overwrite: do everything again.
+        report: whether an HTML report belongs to a result.
     """
 
     def __init__(
@@ -130,10 +131,12 @@ class InferenceDataset(Dataset):
         root: str = "",
         made_with: dict | None = None,
         overwrite: bool | str = False,
+        report: bool | str = False,
     ) -> None:
         self.data, self.transform = data, transform
         self.output_dir, self.root, self.made_with = output_dir, root, made_with or {}
         self.overwrite = switch("overwrite", overwrite)
+        self.endings = ["_sr.nii.gz"] + ["_sr.html"] * switch("report", report)
         self.namesakes = namesakes(volumes, root) if output_dir is not None else {}
 
     def __len__(self) -> int:
@@ -146,11 +149,14 @@ class InferenceDataset(Dataset):
         try:
             if volume in self.namesakes:
                 raise InputError(f"{volume}: its result would have the name of that of {self.namesakes[volume]}; rename one")
-            if self.output_dir is not None and not self.overwrite and is_done(volume, self.output_dir, self.root, self.made_with):
+            if not self.overwrite and self._is_done(volume):
                 return {**item, "done": True}
             return self.transform(item)
         except Exception as e:  # a damaged file can fail anywhere in a reader
             return {**item, "error": reason(e)}
+
+    def _is_done(self, volume: str) -> bool:
+        return self.output_dir is not None and is_done(volume, self.output_dir, self.root, self.made_with, self.endings)
 
 
 class PatchDataset(Dataset):

@@ -60,15 +60,16 @@ def fingerprint(volume: str) -> dict[str, int]:
     return {"files": len(stats), "bytes": sum(s.st_size for s in stats), "modified": max((s.st_mtime_ns for s in stats), default=0)}
 
 
-def is_done(volume: str, output_dir: str | Path, root: str, made_with: dict) -> bool:
+def is_done(volume: str, output_dir: str | Path, root: str, made_with: dict, endings: Sequence[str] = ("_sr.nii.gz",)) -> bool:
     """Whether the result of a volume stands complete, from the same input and made with the same settings.
 
     Args:
         volume, output_dir, root: as of :func:`result_path`.
         made_with: the settings, as they are kept in the report beside the result.
+        endings: of the files that it consists of, beside that report.
     """
     report = result_path(volume, output_dir, root, "_sr.json")  # written last
-    if not (report.is_file() and result_path(volume, output_dir, root, "_sr.nii.gz").is_file()):
+    if not all(result_path(volume, output_dir, root, ending).is_file() for ending in ("_sr.json", *endings)):
         return False
     try:
         done = json.loads(report.read_text(encoding="utf-8"))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Hashable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from monai.config import KeysCollection
 from monai.data import ImageReader, ITKReader, MetaTensor
 from monai.transforms import InvertibleTransform, LoadImage, MapTransform, SpatialCrop
 
+from . import version
 from .degradation import check_factor, degrade, downsample, upsample
 from .dicom import check_slices, find_series, modality
-from .errors import InputError
+from .errors import InputError, switch
 from .figures import Panel, save_panels
 from .files import RESULT_MARK, fingerprint, result_path, write_json, write_whole
 from .ranges import compare, describe, read_ranges
+from .report import Row, html_report
 
 __all__ = [
     "AxialSlicesd",
@@ -32,6 +36,7 @@ __all__ = [
     "Degraded",
     "LoadVolumed",
     "SaveComparisond",
+    "SaveHtmlReportd",
     "SaveReportd",
     "SaveVolumed",
     "ScaleIntensityByPercentiled",
@@ -145,6 +150,7 @@ class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):
             # torch.quantile refuses more than 16 million elements
             scale = float(np.percentile(magnitudes[magnitudes > 0], self.percentile))
             d[key] = d[key] / scale
+            d[key].meta["unit_intensity"] = scale
             if self.clip:
                 d[key] = d[key].clamp(0, 1)
             self.push_transform(d, key, extra_info={"scale": scale})
@@ -366,7 +372,8 @@ class CompareWithTrainingd(MapTransform):
             for line in far:
                 logger.warning("%s: %s", name_of(d[key]), line)
             warnings = [*filter(None, meta.get("remarks", "").split("\n")), *far]
-            meta["report"] = json.dumps({"warnings": warnings, "statistics": statistics, "training_ranges": self.ranges or None})
+            report = {"warnings": warnings, "input_spacing": d[key].pixdim.tolist(), "statistics": statistics}
+            meta["report"] = json.dumps({**report, "training_ranges": self.ranges or None})
         return d
 
 
@@ -395,6 +402,49 @@ class Consistencyd(MapTransform):
             values[name] = round(-10 * math.log10(max(error / given.numel(), 1e-20)), 2)
         logger.info("%s: degraded again, the result agrees with the input to %.2f dB", name_of(data[self.keys[-1]]), values["result"])
         return {**data, "consistency": values}
+
+
+class SaveHtmlReportd(MapTransform):
+    """Write ``<name>_sr.html``, a page for people: result and interpolated input in three planes, residual, warnings, facts.
+
+    Args:
+        keys: the interpolated input and the result, each (1, X, Y, Z) on one grid, with ``meta["report"]``; ``"consistency"`` is there too.
+        output_dir, root, made_with: as of :class:`SaveReportd`.
+        given_key: the volume as given.
+        report: whether to write it; where not, the page of an earlier result is removed.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, output_dir: str, root: str, made_with: dict, given_key: str = "given", report: bool | str = False
+    ) -> None:
+        super().__init__(keys)
+        self.output_dir, self.root, self.made_with = output_dir, root, made_with
+        self.given_key, self.report = given_key, switch("report", report)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping:
+        before, after = (data[key] for key in self.keys)
+        path = result_path(name_of(before), self.output_dir, self.root, "_sr.html")
+        if not self.report:
+            path.unlink(missing_ok=True)
+            return data
+        report = json.loads(before.meta["report"])
+        sides = [" x ".join(str(n) for n in data[key].shape[1:]) for key in (self.given_key, self.keys[1])]
+        spacing = [" x ".join(f"{v:.4g}" for v in values) for values in (report["input_spacing"], before.pixdim.tolist())]
+        rows = [
+            Row("Voxels, left-right x posterior-anterior x inferior-superior", *sides),
+            Row("Spacing, mm", *spacing),
+            Row("Consistency, dB", *(f"{data['consistency'][name]:.2f}" for name in ("interpolated", "result"))),
+            *(Row("SHA-256 of the weights" if k == "weights" else k, str(v)) for k, v in self.made_with.items() if v is not None),
+            Row("Version of the bundle", version()),
+            Row("Date", datetime.now().astimezone().isoformat(" ", "minutes")),
+        ]
+        warnings = report["warnings"]
+        if not report["training_ranges"]:
+            warnings.append("not compared with the training data: no ranges beside the weights")
+        title = os.path.relpath(name_of(before), self.root)
+        page = html_report(title, before, after, float(before.meta["unit_intensity"]), rows, warnings)
+        write_whole(path, lambda part: part.write_text(page, encoding="utf-8"))
+        return data
 
 
 class SaveReportd(MapTransform):

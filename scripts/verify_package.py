@@ -110,13 +110,16 @@ def check_networks(entry: Path, work: Path) -> None:
 
 def check_inference(entry: Path, scan: Path, work: Path) -> None:
     command = [sys.executable, "-S", "-m", "monai.bundle", "run", "--config_file", str(entry / "configs" / "inference.json")]
-    run = subprocess.run([*command, "--dataset_dir", str(scan), "--output_dir", str(work)], cwd=work, capture_output=True, text=True)
+    command += ["--dataset_dir", str(scan), "--output_dir", str(work), "--report", "true"]
+    run = subprocess.run(command, cwd=work, capture_output=True, text=True)
     if run.returncode:
         sys.exit(f"error: inference failed\n{run.stdout}{run.stderr}")
     given, result = nib.load(scan), nib.load(work / "scan-1_sr.nii.gz")
     expected = (2 * given.shape[0], 2 * given.shape[1], given.shape[2])
     if result.shape != expected or not np.isfinite(result.get_fdata()).all():
         sys.exit(f"error: inference: finite intensities of shape {expected} expected, got {result.shape}")
+    if not (work / "scan-1_sr.html").is_file():
+        sys.exit("error: inference: no HTML report")
     print(f"inference: {given.shape} to {result.shape}, from another folder")
 
 

@@ -284,6 +284,21 @@ class TestStartedAgain:
         third = times_of_change(infer(two, "untrained"))
         assert all(third[name] > second[name] for name in second)
 
+    def test_report_is_made_where_it_is_missing_and_goes_with_its_result(self, infer, two):
+        first = times_of_change(infer(two))
+        second = times_of_change(infer(two, report=True))
+        assert second.keys() - first.keys() == {"a_sr.html", "b_sr.html"}
+        (two.parent / "out" / "b_sr.html").unlink()
+        third = times_of_change(infer(two, report="true"))
+        assert {name[0] for name in second if second[name] != third[name]} == {"b"}
+        assert times_of_change(infer(two)) == third
+        assert times_of_change(infer(two, "untrained")).keys() == first.keys()  # it would show another result
+
+    def test_impossible_report_is_refused(self, infer, two):
+        with pytest.raises(Exception) as error:
+            infer(two, report="perhaps")
+        assert reason(error.value) == "report must be true or false, got 'perhaps'"
+
     @pytest.mark.parametrize("report", ["", "[]", "{", '{"made_with": 1}'])
     def test_damaged_report_counts_as_missing(self, report, infer, two):
         out = infer(two)

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import itk
 import numpy as np
+import pydicom
 
 from .errors import InputError
 
 __all__ = ["check_slices", "find_series", "modality"]
 
-TAGS = {"modality": "0008|0060", "position": "0020|0032", "orientation": "0020|0037"}
 TOLERANCE = 0.05  # of the slice distance: how far a slice may lie from its place on an even grid
+
+
+class Slice(NamedTuple):
+    """What a file, or a frame of one, says of its place. Empty lists stand for what it does not say."""
+
+    name: str
+    position: list[float]
+    orientation: list[float]  # of a row and a column
+    spacing: list[float]  # of the pixels, in mm
 
 
 def find_series(folder: str | Path) -> dict[str, list[str]]:
@@ -31,7 +41,7 @@ def find_series(folder: str | Path) -> dict[str, list[str]]:
 
 def modality(file: str | Path) -> str:
     """Modality (0008,0060) of a DICOM file; empty where it says none."""
-    return _header(file)["modality"]
+    return str(pydicom.dcmread(file, stop_before_pixels=True).get("Modality", ""))
 
 
 def check_slices(series: str, files: Sequence[str]) -> None:
@@ -39,26 +49,27 @@ def check_slices(series: str, files: Sequence[str]) -> None:
 
     Args:
         series: name for messages.
-        files: of the slices, one plane each. A single file may hold a whole volume.
+        files: of the slices, one plane each; or one file with all as its frames.
 
     Raises:
         InputError: naming the slices between which one is missing, those at one position, or what else is wrong.
     """
-    if len(files) < 2:
+    slices = [slice_ for file in files for slice_ in _slices(file)]
+    if len(slices) < 2:
         return
-    positions, orientations = [], []
-    for file in files:
-        header = _header(file)
-        position, orientation = (_numbers(header[name]) for name in ("position", "orientation"))
-        if len(position) != 3 or len(orientation) != 6:
-            raise InputError(f"{series}: {Path(file).name} does not say where its slice lies")
-        positions.append(position)
-        orientations.append(orientation)
-    row, column = np.reshape(orientations[0], (2, 3))
+    if len(slices) > len(files) > 1:
+        raise InputError(f"{series}: {len(files)} files of several frames each; one is expected")
+    for slice_ in slices:
+        if len(slice_.position) != 3 or len(slice_.orientation) != 6:
+            raise InputError(f"{series}: {slice_.name} does not say where its slice lies")
+        if len(slice_.spacing) != len(slices[0].spacing) or not np.allclose(slice_.spacing, slices[0].spacing, rtol=1e-3):
+            raise InputError(f"{series}: {slice_.name} has pixels of {slice_.spacing} mm, {slices[0].name} of {slices[0].spacing} mm")
+    positions = [slice_.position for slice_ in slices]
+    row, column = np.reshape(slices[0].orientation, (2, 3))
     normal = np.cross(row, column)
     along = np.asarray(positions) @ normal
     order = np.argsort(along, kind="stable")
-    places, names = along[order], [Path(files[i]).name for i in order]
+    places, names = along[order], [slices[i].name for i in order]
     distances = np.diff(places)
     distance = float(np.median(distances))
     nearest, widest = int(distances.argmin()), int(distances.argmax())
@@ -71,6 +82,8 @@ def check_slices(series: str, files: Sequence[str]) -> None:
             f"{series}: slices are missing between {names[i]} and {names[i + 1]}, which lie {distances[i]:.4g} mm apart "
             f"(the others {distance:.4g} mm)"
         )
+    if len(files) == 1 and not (np.diff(along) > 0).all() and not (np.diff(along) < 0).all():
+        raise InputError(f"{series}: the frames of {Path(files[0]).name} are not in the order of their positions")
     even = np.linspace(places[0], places[-1], len(places))
     if np.abs(places - even).max() > TOLERANCE * distance:
         raise InputError(f"{series}: slices lie at uneven distances, {distances.min():.4g} to {distances.max():.4g} mm")
@@ -79,14 +92,25 @@ def check_slices(series: str, files: Sequence[str]) -> None:
         raise InputError(f"{series}: slices are not stacked at right angles (a tilted gantry), by {np.ptp(shifts, 0).max():.4g} mm")
 
 
-def _header(file: str | Path) -> dict[str, str]:
-    """The few tags that are needed, as text; empty where the file has none."""
-    image_io = itk.GDCMImageIO.New()
-    image_io.SetFileName(str(file))
-    image_io.ReadImageInformation()
-    header = image_io.GetMetaDataDictionary()  # lives as long as its reader
-    return {name: str(header[tag]).strip() if header.HasKey(tag) else "" for name, tag in TAGS.items()}
+def _slices(file: str | Path) -> list[Slice]:
+    """The slice of a file, or all that are in it: enhanced DICOM keeps what they share apart from what each has of its own."""
+    header = pydicom.dcmread(file, stop_before_pixels=True)
+    name = Path(file).name
+    if int(header.get("NumberOfFrames") or 1) == 1:
+        return [Slice(name, *(_numbers(header, key) for key in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")))]
+    elements = {
+        "PlanePositionSequence": "ImagePositionPatient",
+        "PlaneOrientationSequence": "ImageOrientationPatient",
+        "PixelMeasuresSequence": "PixelSpacing",
+    }
+    shared = header.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()]
+    frames = header.get("PerFrameFunctionalGroupsSequence") or [pydicom.Dataset()] * int(header.NumberOfFrames)
+    slices = []
+    for number, frame in enumerate(frames, 1):
+        groups = [(frame.get(group) or shared[0].get(group) or [pydicom.Dataset()])[0] for group in elements]
+        slices.append(Slice(f"frame {number} of {name}", *map(_numbers, groups, elements.values())))
+    return slices
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split("\\")] if text else []
+def _numbers(dataset: pydicom.Dataset, key: str) -> list[float]:
+    return [float(number) for number in dataset.get(key) or []]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import ImageReader, ITKReader, MetaTensor
 from monai.transforms import InvertibleTransform, LoadImage, MapTransform, SpatialCrop
+from pydicom.misc import is_dicom
 
 from . import version
 from .degradation import check_factor, degrade, downsample, upsample
@@ -77,10 +79,12 @@ class LoadVolumed(MapTransform):
             raise InputError(f"{path}: no such file or folder")
         try:
             if source.is_file():
-                source.open("rb").close()  # says why where that is not possible, as readers do not
+                _check_bytes(source)
             header: Any = nib.load(path) if _is_nifti(source) and source.is_file() else None
             if header is not None and header.get_data_dtype().names:
                 raise InputError(f"{path}: one grey-scale volume expected, got colours")
+            if source.is_file() and is_dicom(source):
+                check_slices(path, [path])  # it may hold all slices as its frames
             image = self.loader(path, reader=self._reader(source)) if source.is_file() else self._load_series(source)
             if isinstance(header, nib.Nifti1Pair):
                 remarks = _follow_header(image, header)
@@ -485,6 +489,13 @@ def name_of(image: MetaTensor) -> str:
 
 def _is_nifti(source: Path) -> bool:
     return source.name.lower().endswith((".nii", ".nii.gz", ".img", ".img.gz", ".hdr"))
+
+
+def _check_bytes(source: Path) -> None:
+    """Read a file to its end, and say why where that is not possible: nibabel does not look at gzip's checksum."""
+    with gzip.open(source) if source.suffix.lower() == ".gz" else source.open("rb") as stream:
+        while stream.read(1 << 24):
+            pass
 
 
 def _why_not_read(error: BaseException) -> str:

@@ -3,9 +3,11 @@ import csv
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import monai.bundle
@@ -19,6 +21,7 @@ from bundle.errors import reason
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "inference.json")
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -221,16 +224,16 @@ class TestFormatsAndNames:
 
 def command(directory, checkpoints, *arguments, configs=(CONFIG,), launcher=("-m",), prefix=()):
     """``python -m monai.bundle run`` in ``directory``, where the default ``data`` and ``output`` are."""
+    program = [*prefix, *words(checkpoints, configs, launcher), *arguments]
+    return subprocess.run(program, cwd=directory, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def words(checkpoints, configs=(CONFIG,), launcher=("-m",)):
+    """Of the command."""
     logging = str(ROOT / "configs" / "logging.conf")
     given = {"config_file": str(list(configs)), "checkpoint": checkpoints["random"], "logging_file": logging, **toy.TINY_OVERRIDES}
-    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    return subprocess.run(
-        [*prefix, sys.executable, *launcher, "monai.bundle", "run", *words, *arguments],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-    )
+    options = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    return [sys.executable, *launcher, "monai.bundle", "run", *options]
 
 
 @contextlib.contextmanager
@@ -317,6 +320,21 @@ class TestStartedAgain:
         infer(two, output_dir=two.parent / output_dir)
         results = [name for name in files_below(two.parent / output_dir) if name.endswith(".json")]
         assert results == ["a_sr.json", "b_sr.json", "c_sr_sr.json"]
+
+    def test_killed_run_goes_on_with_the_rest(self, infer, checkpoints, tmp_path):
+        for number in range(4):
+            toy.write_nifti(tmp_path / "data" / f"{number}.nii.gz", toy.head((60, 60, 20), seed=number))
+        first = tmp_path / "output" / "0_sr.json"
+        with subprocess.Popen(words(checkpoints), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
+            while not first.exists() and process.poll() is None:
+                time.sleep(0.005)
+            process.kill()
+        before = times_of_change(tmp_path / "output")
+        done = {name[0] for name in before if name.endswith(".json")}
+        assert process.returncode == -signal.SIGKILL and "0" in done and "3" not in done
+        after = times_of_change(infer(tmp_path / "data", output_dir=tmp_path / "output"))
+        assert list(after) == [f"{number}_sr.{ending}" for number in range(4) for ending in ("json", "nii.gz", "png")]
+        assert all(after[name] == before[name] for name in before if name[0] in done)
 
     def test_traces_of_a_killed_run_vanish(self, infer, two):
         out = two.parent / "out"

@@ -16,8 +16,15 @@ import pydicom
 import torch
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, RLELossless, generate_uid
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    EnhancedMRImageStorage,
+    ExplicitVRLittleEndian,
+    MRImageStorage,
+    RLELossless,
+    generate_uid,
+)
 
 from bundle.networks import MultiScaleResidualNet
 
@@ -185,6 +192,40 @@ def compress_dicom(folder: Path, method: str) -> Path:
     return folder
 
 
+def enhance_dicom(folder: Path, frames: Sequence[int] | None = None) -> Path:
+    """Make a series one file of several frames (enhanced MR), ``frames`` of its slices; returns the folder."""
+    files = sorted(folder.iterdir())
+    slices = [pydicom.dcmread(path) for path in files]
+    slices = slices if frames is None else [slices[n] for n in frames]
+    ds = slices[0]
+    own = [_group(PlanePositionSequence=_group(ImagePositionPatient=s.ImagePositionPatient)) for s in slices]
+    ds.SharedFunctionalGroupsSequence = [
+        _group(
+            PlaneOrientationSequence=_group(ImageOrientationPatient=ds.ImageOrientationPatient),
+            PixelMeasuresSequence=_group(
+                PixelSpacing=ds.PixelSpacing, SliceThickness=ds.SliceThickness, SpacingBetweenSlices=ds.SliceThickness
+            ),
+        )
+    ]
+    ds.PerFrameFunctionalGroupsSequence = own
+    ds.NumberOfFrames, ds.PixelData = len(slices), b"".join(s.PixelData for s in slices)
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = EnhancedMRImageStorage
+    for key in ("PixelSpacing", "SliceThickness", "ImageOrientationPatient", "ImagePositionPatient"):
+        delattr(ds, key)
+    for path in files:
+        path.unlink()
+    ds.save_as(folder / "frames.dcm")
+    return folder
+
+
+def _group(**elements) -> Dataset:
+    """A dataset; what is one itself becomes a sequence of one."""
+    ds = Dataset()
+    for key, value in elements.items():
+        setattr(ds, key, [value] if isinstance(value, Dataset) else value)
+    return ds
+
+
 def edit_header(path: Path, **fields) -> Path:
     """Change fields of the header of an uncompressed NIfTI file, byte by byte: nibabel would keep them in order."""
     content = bytearray(path.read_bytes())
@@ -225,6 +266,15 @@ def _truncated(name: str) -> Callable[[Path], Path]:
     return write
 
 
+def _damaged_gzip(folder: Path) -> Path:
+    """One bit of the voxels has turned: a gzip reader notices at the end of the file only."""
+    path = write_nifti(folder / "bad.nii.gz", np.random.default_rng(0).random(SHAPE) * 100)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    return path
+
+
 def _rgb(folder: Path) -> Path:
     colours = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
     colours["R"] = head() / 4
@@ -251,6 +301,12 @@ def _dicom(change: Callable[[list[Path]], object]) -> Callable[[Path], Path]:
         return series
 
     return write
+
+
+def _enlarge_pixels(path: Path) -> None:
+    ds = pydicom.dcmread(path)
+    ds.PixelSpacing = [1.2, 1.2]
+    ds.save_as(path)
 
 
 def _move(path: Path, *shift: float) -> None:
@@ -303,6 +359,7 @@ _NAN = [np.nan] * 4
 BAD_VOLUMES: dict[str, Callable[[Path], Path]] = {
     "no bytes": _bytes(b""),
     "truncated gzip": _truncated("bad.nii.gz"),
+    "gzip with a turned bit": _damaged_gzip,
     "truncated": _truncated("bad.nii"),
     "text": _bytes(b"not a volume\n" * 50, "bad.nii"),
     "no raw file": _without_raw,
@@ -333,6 +390,10 @@ BAD_VOLUMES: dict[str, Callable[[Path], Path]] = {
     "DICOM: uneven slice distances": _dicom(lambda files: _move(files[3], 0, 0, 0.5)),
     "DICOM: tilted gantry": _dicom(_tilt),
     "DICOM: no positions": _dicom(_without_position),
+    "DICOM: a slice with larger pixels": _dicom(lambda files: _enlarge_pixels(files[2])),
+    "DICOM, enhanced: a frame is missing": _dicom(lambda files: enhance_dicom(files[0].parent, [0, 1, 2, 4, 5])),
+    "DICOM, enhanced: a series over time": _dicom(lambda files: enhance_dicom(files[0].parent, [0, 1, 2, 0, 1, 2])),
+    "DICOM, enhanced: frames in no order": _dicom(lambda files: enhance_dicom(files[0].parent, [0, 2, 4, 1, 3, 5])),
     "DICOM: a truncated slice": _dicom(lambda files: files[2].write_bytes(files[2].read_bytes()[:-2000])),
 }
 
@@ -364,6 +425,33 @@ def _odd(
 
 def _odd_dicom(method: str) -> Callable[[Path], Stored]:
     return lambda folder: Stored(compress_dicom(write_dicom(folder / "odd series"), method), head(), affine())
+
+
+def _odd_slices(change: Callable[[Dataset, int], object], array: np.ndarray | None = None) -> Callable[[Path], Stored]:
+    """A series whose slices are changed: ``change`` gets each and its number; ``array`` is what the series should be read as."""
+
+    def write(folder: Path) -> Stored:
+        series = write_dicom(folder / "odd series")
+        for number, path in enumerate(sorted(series.iterdir())):
+            ds = pydicom.dcmread(path)
+            change(ds, number)
+            ds.save_as(path)
+        return Stored(series, head() if array is None else array, affine())
+
+    return write
+
+
+def _deflate(ds: Dataset, number: int) -> None:
+    ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+
+
+def _rescale(ds: Dataset, number: int) -> None:
+    ds.RescaleSlope, ds.RescaleIntercept = 0.5 + number / 2, -10
+
+
+def _enhanced(folder: Path) -> Stored:
+    to_world = affine((0.9, 1.2, 3), (14, -9, 25))
+    return Stored(enhance_dicom(write_dicom(folder / "odd series", to_world=to_world), [5, 4, 3, 2, 1, 0]), head(), to_world)
 
 
 def _big_endian(folder: Path) -> Stored:
@@ -402,4 +490,7 @@ ODD_VOLUMES: dict[str, Callable[[Path], Stored]] = {
     "DICOM: RLE": _odd_dicom("RLE"),
     "DICOM: JPEG lossless": _odd_dicom("JPEG"),
     "DICOM: JPEG 2000": _odd_dicom("JPEG2000"),
+    "DICOM: deflated": _odd_slices(_deflate),
+    "DICOM: another RescaleSlope in each slice": _odd_slices(_rescale, head() * (0.5 + np.arange(6) / 2) - 10),
+    "DICOM: enhanced, oblique, from above": _enhanced,
 }

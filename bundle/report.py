@@ -76,8 +76,8 @@ def html_report(title: str, before: MetaTensor, after: MetaTensor, unit: float, 
         views=views,
         residuals=residuals,
         bar=_image(np.linspace(-1, 1, 256)[None], -1, 1, "scale of the residual", COLOURS),
-        largest=f"{largest * unit:.3g}",
-        window=f"{lowest * unit:.3g} to {unit:.3g}",
+        largest=_number(largest * unit),
+        window=f"{_number(lowest * unit)} to {_number(unit)}",
         tilt=f" The planes are those of the voxel grid, tilted by {tilt:.0f}° against the patient's axes." if tilt >= 1 else "",
         rows="".join(f"\n<tr><th>{escape(row.name)}</th>{_cells(row)}</tr>" for row in rows),
         warnings="".join(f"\n<li>{escape(line)}</li>" for line in warnings) or "\n<li>none</li>",
@@ -109,6 +109,10 @@ def _image(slice_: np.ndarray, vmin: float, vmax: float, name: str, colours: str
     png = BytesIO()
     imsave(png, slice_, vmin=vmin, vmax=vmax, cmap=colours, format="png")
     return f'<img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+
+
+def _number(value: float) -> str:
+    return np.format_float_positional(value, precision=3, fractional=False, trim="-")
 
 
 def _cells(row: Row) -> str:

@@ -55,7 +55,7 @@ def html_report(title: str, before: MetaTensor, after: MetaTensor, unit: float, 
     slices = {plane: tuple(np.take(v, cut[_across(plane)], _across(plane)).T for v in (a, b)) for plane in PLANES}
     lowest = min(float(np.percentile(x, 1)) for x, _ in slices.values())
     lowest = lowest if lowest < -FOREGROUND else 0.0  # where interpolation falls a little below 0, black is 0
-    largest = max(float(np.percentile(np.abs(y - x), 99.9)) for x, y in slices.values())
+    largest = max(float(np.percentile(np.abs(y - x), 99.9)) for x, y in slices.values()) or 1.0  # 0 is white
     views, residuals = "", ""
     for plane, (x, y) in slices.items():
         wide, high = PLANES[plane]
@@ -69,7 +69,7 @@ def html_report(title: str, before: MetaTensor, after: MetaTensor, unit: float, 
         views += VIEW.substitute(common, kind="pair", images=images, caption=f"{plane}, slice {number} of {count}")
         images = _image(y - x, -largest, largest, f"{plane}, residual", COLOURS)
         residuals += VIEW.substitute(common, kind="residual", images=images, caption=plane)
-    tilt = _tilt(before.affine.numpy())
+    tilt = _tilt(before.affine.cpu().numpy())
     return PAGE.substitute(
         title=escape(title),
         wide_to_high=f"{sum(extent[n] for n, _ in PLANES.values()) / max(extent[n] for _, n in PLANES.values()):.6g}",

@@ -182,6 +182,7 @@ def test_missing_ranges_are_said(tmp_path, monkeypatch):
     assert page.warnings == ["not compared with the training data: no ranges beside the weights"]
     assert "Grey values: -" in page.text
     assert "tilted" not in page.text
+    assert all(image.min() > 240 for residual in page.residuals for image in residual["images"])  # nothing added: white
     assert sorted(path.name for path in tmp_path.iterdir() if "_sr" in path.name) == [
         f"flat_sr.{ending}" for ending in ("html", "json", "nii.gz", "png")
     ]

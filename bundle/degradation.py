@@ -1,32 +1,37 @@
 """High to low resolution and back: pure functions of slices (..., H, W).
 
 Both directions share one geometry. A low-resolution pixel covers ``factor`` x ``factor`` high-resolution pixels, so the
-high-resolution index i lies at the low-resolution index (i + 0.5) / factor - 0.5: nothing drifts, whatever the size.
+high-resolution index i lies at the low-resolution index (i + 0.5) / factor - 0.5: nothing drifts, whatever the size, and whether or
+not the factor is a whole number that divides it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .errors import InputError
 
-__all__ = ["DEGRADATIONS", "INTERPOLATIONS", "check_factor", "degrade", "downsample", "upsample"]
+__all__ = ["DEGRADATIONS", "INTERPOLATIONS", "Factor", "check_factor", "degrade", "downsample", "refined_size", "upsample"]
 
 DEGRADATIONS = ("bicubic", "kspace")
 INTERPOLATIONS = ("bicubic", "kspace", "bilinear", "nearest")
 
+Factor = float | Sequence[float]  # of both axes, or of the rows and of the columns
 
-def downsample(image: Tensor, factor: int, mode: str = "bicubic") -> Tensor:
+PIXEL_FRACTION = 0.01  # as much of a pixel may be missing or too much: a spacing in a file has few digits
+
+
+def downsample(image: Tensor, factor: Factor, mode: str = "bicubic") -> Tensor:
     """Low-resolution version of an image.
 
     Args:
         image: (..., H, W), floating point. Where ``factor`` does not divide H or W, the last row or column is repeated
-            until it does, so that the geometry stays exact.
-        factor: integer factor of both axes.
+            until the last low-resolution pixel is covered, so that the geometry stays exact.
+        factor: at least 1, of both axes, or two numbers: of H and of W.
         mode: ``"bicubic"``: antialiased bicubic (Keys' kernel, a = -0.5), the field's convention; equals MATLAB ``imresize``
             and PIL. ``"kspace"``: truncation of k-space, as a scanner with a smaller acquisition matrix does.
 
@@ -34,42 +39,50 @@ def downsample(image: Tensor, factor: int, mode: str = "bicubic") -> Tensor:
         (..., ceil(H / factor), ceil(W / factor)).
 
     Raises:
-        ValueError: for an unknown ``mode``, or a ``factor`` that is not a positive integer (:class:`~bundle.errors.InputError`).
+        ValueError: for an unknown ``mode``, or a ``factor`` that is none (:class:`~bundle.errors.InputError`).
     """
     _check_mode(mode, DEGRADATIONS)
-    check_factor(factor)
-    height, width = image.shape[-2:]
-    image = _pad_end(image, -height % factor, -width % factor)
-    size = (image.shape[-2] // factor, image.shape[-1] // factor)
-    return _resize(image, size) if mode == "bicubic" else _resize_kspace(image, size)
+    factors = check_factor(factor)
+    size = [max(1, math.ceil(side / f - PIXEL_FRACTION)) for side, f in zip(image.shape[-2:], factors)]
+    rows, columns = (max(0, math.ceil(n * f - PIXEL_FRACTION) - side) for n, f, side in zip(size, factors, image.shape[-2:]))
+    return _resample(_pad_end(image, rows, columns), size, factors, mode)
 
 
-def upsample(image: Tensor, factor: int, mode: str = "bicubic") -> Tensor:
-    """Image on a grid refined by ``factor``: (..., H, W) to (..., factor H, factor W). Arguments as of :func:`downsample`.
+def upsample(image: Tensor, factor: Factor, mode: str = "bicubic") -> Tensor:
+    """Image on a grid refined by ``factor``: (..., H, W) to (..., floor(factor H), floor(factor W)). Arguments as of :func:`downsample`.
 
     ``"bicubic"`` interpolates with the same kernel; ``"kspace"`` fills the outer k-space with zeros; ``"bilinear"`` and
     ``"nearest"`` are there to be compared with.
     """
-    _check_mode(mode, INTERPOLATIONS)
-    check_factor(factor)
-    size = (image.shape[-2] * factor, image.shape[-1] * factor)
-    return _resize_kspace(image, size) if mode == "kspace" else _resize(image, size, mode)
+    factors = check_factor(factor)
+    return _refine(image, [refined_size(side, f) for side, f in zip(image.shape[-2:], factors)], factors, mode)
 
 
-def degrade(image: Tensor, factor: int, mode: str = "bicubic", interpolation: str | None = None) -> Tensor:
+def degrade(image: Tensor, factor: Factor, mode: str = "bicubic", interpolation: str | None = None) -> Tensor:
     """Down- and up-sampled image, (..., H, W) to the same shape: the network's input for the target ``image`` (section 3.3).
 
     Args:
         image, factor, mode: see :func:`downsample`.
         interpolation: mode of :func:`upsample`; ``None`` is that of the degradation.
     """
-    return upsample(downsample(image, factor, mode), factor, interpolation or mode)[..., : image.shape[-2], : image.shape[-1]]
+    return _refine(downsample(image, factor, mode), list(image.shape[-2:]), check_factor(factor), interpolation or mode)
 
 
-def check_factor(factor: int) -> None:
-    """Refuse what is not a positive integer."""
-    if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
-        raise InputError(f"factor must be a positive integer, got {factor!r}")
+def refined_size(side: int, factor: float) -> int:
+    """Pixels of an axis of ``side`` pixels once it is refined: as many whole ones as its field of view holds."""
+    return math.floor(side * factor + PIXEL_FRACTION)
+
+
+def check_factor(factor: Factor) -> tuple[float, float]:
+    """Factors of the two axes.
+
+    Raises:
+        InputError: for anything but a number of at least 1, or two of them.
+    """
+    factors = tuple(factor) if isinstance(factor, Sequence) and not isinstance(factor, str) else (factor, factor)
+    if len(factors) != 2 or not all(type(f) in (int, float) and math.isfinite(f) and f >= 1 for f in factors):
+        raise InputError(f"factor must be a number of at least 1, or two of them, got {factor!r}")
+    return factors  # type: ignore[return-value]
 
 
 def _check_mode(mode: str, known: tuple[str, ...]) -> None:
@@ -85,29 +98,36 @@ def _pad_end(image: Tensor, rows: int, columns: int) -> Tensor:
     return image
 
 
-def _resize(image: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
+def _refine(image: Tensor, size: list[int], factors: tuple[float, float], mode: str) -> Tensor:
+    _check_mode(mode, INTERPOLATIONS)
+    return _resample(image, size, (1 / factors[0], 1 / factors[1]), mode)
+
+
+def _resample(image: Tensor, size: list[int], steps: tuple[float, float], mode: str) -> Tensor:
+    """New pixel j lies at the given index (j + 0.5) step - 0.5 of each axis."""
+    if mode == "kspace":
+        for axis, points, step in zip((-2, -1), size, steps):
+            image = _resample_kspace_axis(image.movedim(axis, -1), points, step).movedim(-1, axis)
+        return image
     flat = image.reshape(-1, 1, *image.shape[-2:])
+    # torch.nn.functional.interpolate takes the size or the factors; where these do not divide, only both together are exact
+    scales = (1 / steps[0], 1 / steps[1])
     if mode == "nearest":
-        flat = F.interpolate(flat, size=size, mode="nearest-exact")
-    else:  # antialias=True selects a = -0.5 for bicubic when enlarging too, where nothing needs to be smoothed
-        flat = F.interpolate(flat, size=size, mode=mode, antialias=True, align_corners=False)
+        flat = torch.ops.aten._upsample_nearest_exact2d(flat, size, *scales)
+    else:  # antialiased, which selects a = -0.5 for bicubic when enlarging too, where nothing needs to be smoothed
+        flat = getattr(torch.ops.aten, f"_upsample_{mode}2d_aa")(flat, size, False, *scales)
     return flat.view(*image.shape[:-2], *size)
 
 
-def _resize_kspace(image: Tensor, size: tuple[int, int]) -> Tensor:
-    for axis, points in zip((-2, -1), size):
-        image = _resize_kspace_axis(image.movedim(axis, -1), points).movedim(-1, axis)
-    return image
-
-
-def _resize_kspace_axis(image: Tensor, size: int) -> Tensor:
-    """Keep or zero-fill the spectrum of the last axis. The phase ramp moves sample 0 to the centre of the new first pixel."""
+def _resample_kspace_axis(image: Tensor, size: int, step: float) -> Tensor:
+    """The wave that the last axis samples, without the frequencies that the new pixels cannot hold, at their centres."""
     length = image.shape[-1]
-    if size == length:
+    if size == length and step == 1:
         return image
-    spectrum = torch.fft.rfft(image)
-    keep = (min(length, size) + 1) // 2  # drops the Nyquist frequency of an even size, whose phase is not determined
-    shift = (length / size - 1) / 2  # in pixels of the given grid
-    phase = 2 * math.pi * shift / length * torch.arange(keep, dtype=image.dtype, device=image.device)
-    spectrum = spectrum[..., :keep] * torch.polar(torch.ones_like(phase), phase)
-    return torch.fft.irfft(spectrum, n=size) * (size / length)
+    cut_off = length / 2 * min(1, 1 / step)  # in periods; not kept itself: at the Nyquist frequency the phase is not determined
+    periods = torch.arange(math.ceil(cut_off - PIXEL_FRACTION / 2), dtype=torch.float64, device=image.device)
+    centres = (torch.arange(size, dtype=torch.float64, device=image.device) + 0.5) * step - 0.5
+    phase = 2 * math.pi / length * periods[:, None] * centres
+    amplitude = (1 + (periods > 0).double()[:, None]) / length  # a real image's spectrum has each frequency but 0 twice
+    spectrum = torch.fft.rfft(image)[..., : len(periods)]
+    return spectrum.real @ (amplitude * phase.cos()).to(image.dtype) - spectrum.imag @ (amplitude * phase.sin()).to(image.dtype)

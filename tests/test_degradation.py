@@ -1,13 +1,15 @@
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from bundle.degradation import DEGRADATIONS, degrade, downsample, upsample
+from bundle.degradation import DEGRADATIONS, check_factor, degrade, downsample, refined_size, upsample
 
 FACTORS = (2, 3, 4)
+ANY_FACTORS = (*FACTORS, 1.5, 2.5, 2.718, (2, 3), (1, 2.5))
 
 
 def noise(*shape, dtype=torch.float64):
@@ -22,6 +24,11 @@ def ramp(height, width, axis):
     """The index along one axis: row 7 (or column 7) has the value 7."""
     index = torch.arange(height if axis == 0 else width, dtype=torch.float64)
     return index.view(-1, 1).expand(height, width) if axis == 0 else index.expand(height, width)
+
+
+def ripple(factor):
+    """What Keys' kernel, made wider, may do to a ramp: nothing for a whole factor, else a little to both sides in turn."""
+    return 1e-4 if all(f == int(f) for f in check_factor(factor)) else 0.03
 
 
 def wave(height, width, rows, columns):
@@ -60,24 +67,26 @@ def test_bicubic_upsampling_equals_pil(factor):
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("height, width", [(31, 31), (64, 64), (65, 65), (64, 31), (31, 65)])
-@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("factor", ANY_FACTORS)
 def test_bicubic_ramp_does_not_drift(factor, height, width, axis):
     image = ramp(height, width, axis)
-    border = 7 * factor // 2  # 3 low-resolution pixels: both kernels reach 2 of them from a centre
-    torch.testing.assert_close(away_from_the_border(degrade(image, factor), border), away_from_the_border(image, border), atol=1e-4, rtol=0)
+    border = math.ceil(7 * max(check_factor(factor)) / 2)  # 3 low-resolution pixels: both kernels reach 2 of them from a centre
+    torch.testing.assert_close(
+        away_from_the_border(degrade(image, factor), border), away_from_the_border(image, border), atol=ripple(factor), rtol=0
+    )
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("size", [31, 64, 65])
-@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("factor", ANY_FACTORS)
 def test_low_resolution_pixel_lies_at_the_centre_of_the_pixels_it_covers(factor, size, axis):
     low = downsample(ramp(size, size, axis), factor)
-    expected = factor * (ramp(*low.shape, axis) + 0.5) - 0.5
-    torch.testing.assert_close(away_from_the_border(low, 3), away_from_the_border(expected, 3), atol=1e-4, rtol=0)
+    expected = check_factor(factor)[axis] * (ramp(*low.shape, axis) + 0.5) - 0.5
+    torch.testing.assert_close(away_from_the_border(low, 3), away_from_the_border(expected, 3), atol=ripple(factor), rtol=0)
 
 
 @pytest.mark.parametrize("mode", DEGRADATIONS)
-@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("factor", ANY_FACTORS)
 def test_constant_stays_constant(factor, mode):
     image = torch.full((2, 31, 40), 0.3, dtype=torch.float64)
     for result in (downsample(image, factor, mode), upsample(image, factor, mode), degrade(image, factor, mode)):
@@ -86,12 +95,73 @@ def test_constant_stays_constant(factor, mode):
 
 @pytest.mark.parametrize("mode", DEGRADATIONS)
 @pytest.mark.parametrize("height, width", [(31, 31), (64, 65), (12, 24), (5, 1)])
-@pytest.mark.parametrize("factor", (1, *FACTORS))
+@pytest.mark.parametrize("factor", (1, *ANY_FACTORS))
 def test_shapes(factor, height, width, mode):
     image = noise(2, height, width)
-    assert downsample(image, factor, mode).shape == (2, math.ceil(height / factor), math.ceil(width / factor))
-    assert upsample(image, factor, mode).shape == (2, factor * height, factor * width)
+    rows, columns = check_factor(factor)
+    assert downsample(image, factor, mode).shape == (2, math.ceil(height / rows), math.ceil(width / columns))
+    assert upsample(image, factor, mode).shape == (2, math.floor(rows * height), math.floor(columns * width))
     assert degrade(image, factor, mode).shape == image.shape
+
+
+def keys(x):
+    """Keys' cubic convolution kernel, a = -0.5."""
+    x = abs(x)
+    return 1.5 * x**3 - 2.5 * x**2 + 1 if x < 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0
+
+
+def wide_keys(signal, size, step):
+    """Pixel j lies at (j + 0.5) step - 0.5; where the step is long, the kernel is as much wider. Weights add up to 1."""
+    result = []
+    for j in range(size):
+        weights = [keys((i - ((j + 0.5) * step - 0.5)) / max(1, step)) for i in range(len(signal))]
+        result.append(sum(w * v for w, v in zip(weights, signal)) / sum(weights))
+    return np.array(result)
+
+
+def dirichlet(signal, size, step):
+    """Trigonometric interpolation of a periodic signal, wave by wave, of those slower than half a period per new and old pixel."""
+    length = len(signal)
+    result = np.full(size, np.mean(signal))
+    for k in range(1, length):
+        if 2 * k / length >= min(1, 1 / step) - 1e-9:
+            break
+        cosine, sine = (2 / length * sum(v * f(2 * np.pi * k * i / length) for i, v in enumerate(signal)) for f in (np.cos, np.sin))
+        angles = 2 * np.pi * k * ((np.arange(size) + 0.5) * step - 0.5) / length
+        result += cosine * np.cos(angles) + sine * np.sin(angles)
+    return result
+
+
+@pytest.mark.parametrize(("mode", "definition"), [("bicubic", wide_keys), ("kspace", dirichlet)])
+@pytest.mark.parametrize("size", [17, 30])
+@pytest.mark.parametrize("factor", (1.5, 2, 2.5, 2.718, 3.7))
+def test_any_factor_follows_the_definition(factor, size, mode, definition):
+    image = noise(size, 1).expand(size, 2).contiguous()
+    number = math.ceil(size / factor)
+    beyond = np.full(math.ceil(number * factor) - size, image[-1, 0])  # the last pixel is covered
+    low = definition([*image[:, 0].tolist(), *beyond], number, factor)
+    np.testing.assert_allclose(downsample(image, (factor, 1), mode)[:, 0], low, atol=1e-6)
+    np.testing.assert_allclose(degrade(image, (factor, 1), mode)[:, 0], definition(low, size, 1 / factor), atol=1e-6)
+    high = definition(image[:, 0].tolist(), math.floor(size * factor), 1 / factor)
+    np.testing.assert_allclose(upsample(image, (factor, 1), mode)[:, 0], high, atol=1e-6)
+
+
+def test_axes_have_factors_of_their_own():
+    image = noise(24, 30)
+    for function in (downsample, upsample, degrade):
+        rows_then_columns = function(function(image, (2, 1)), (1, 2.5))
+        torch.testing.assert_close(function(image, [2, 2.5]), rows_then_columns, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("side", [1, 7, 181, 288])
+@pytest.mark.parametrize("factor", [1.5, 2.5, 2.718, 0.8680555 / 0.5, 0.86806 / 0.5])
+def test_degrading_a_refined_image_gives_as_many_pixels_as_there_were(side, factor):
+    image = noise(side, 1)
+    assert downsample(upsample(image, factor), factor).shape == image.shape
+
+
+def test_rounded_spacing_loses_no_pixel():
+    assert [refined_size(288, spacing / 0.5) for spacing in (0.8680555, 0.86806, 250 / 288)] == [500] * 3
 
 
 @pytest.mark.parametrize("mode", DEGRADATIONS)
@@ -172,7 +242,7 @@ def test_kspace_keeps_the_mean(factor):
 
 @pytest.mark.parametrize("mode", DEGRADATIONS)
 @pytest.mark.parametrize("height, width", [(60, 72), (61, 71)])
-@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("factor", (*FACTORS, 1.5, 2.718))
 def test_blob_stays_where_it_is(factor, height, width, mode):
     centre = (28.3, 36.8)
     image = blob(height, width, *centre, sigma=5)
@@ -189,10 +259,10 @@ def test_modes_agree_on_a_smooth_image(function):
     torch.testing.assert_close(function(image, 2, "kspace"), function(image, 2, "bicubic"), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("factor", [0, -1, 2.5, 2.0, True, "2", None])
+@pytest.mark.parametrize("factor", [0, -1, 0.9, True, "2", None, math.nan, math.inf, [2], [2, 0.5], [2, 2, 2], "22"])
 @pytest.mark.parametrize("function", [downsample, upsample, degrade])
 def test_bad_factor_is_named(function, factor):
-    with pytest.raises(ValueError, match=f"factor must be a positive integer, got {factor!r}"):
+    with pytest.raises(ValueError, match=re.escape(f"factor must be a number of at least 1, or two of them, got {factor!r}")):
         function(noise(8, 8), factor)
 
 

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
+from .degradation import check_factor, degrade
 from .dicom import find_series
 from .errors import InputError, reason, switch
 from .files import RESULT_MARK, is_done, namesakes
 from .transforms import name_of
 
-__all__ = ["EpochSampler", "InferenceDataset", "PatchDataset", "find_volumes", "split_subjects"]
+__all__ = ["EpochSampler", "InferenceDataset", "PatchDataset", "RandomFactor", "find_volumes", "split_subjects"]
 
 VOLUME_PATTERNS = ("*.nii", "*.nii.gz", "*.mha", "*.mhd", "*.nrrd", "*.nhdr", "*.img", "*.img.gz")
 
@@ -171,6 +172,7 @@ class PatchDataset(Dataset):
         threshold: intensity above which a pixel is foreground.
         augment: whether to flip and rotate by multiples of 90 degrees.
         seed: of the patches.
+        degradation: makes the input from the target, patch by patch (:class:`RandomFactor`); ``None`` takes that of the volumes.
 
     Raises:
         InputError: when a volume is smaller than a patch.
@@ -185,19 +187,20 @@ class PatchDataset(Dataset):
         threshold: float = 0.05,
         augment: bool = True,
         seed: int = 0,
+        degradation: RandomFactor | None = None,
     ) -> None:
         self.pairs = []
         for volume in volumes:
-            image, label = (torch.as_tensor(volume[key]) for key in ("image", "label"))
-            if min(image.shape[1:3]) < size:
+            pair = [torch.as_tensor(volume[key])[0] for key in (("image", "label") if degradation is None else ("label",))]
+            if min(pair[0].shape[:2]) < size:
                 raise InputError(
-                    f"{name_of(volume['label'])}: slices of {image.shape[1]} x {image.shape[2]} pixels "
+                    f"{name_of(volume['label'])}: slices of {pair[0].shape[0]} x {pair[0].shape[1]} pixels "
                     f"are smaller than a patch of {size} x {size}"
                 )
             # slices first: a patch is then a small window of contiguous rows
-            self.pairs.append(torch.stack([image[0], label[0]]).as_subclass(torch.Tensor).permute(3, 0, 1, 2).contiguous())
+            self.pairs.append(torch.stack(pair).as_subclass(torch.Tensor).permute(3, 0, 1, 2).contiguous())
         self.size, self.patches_per_volume, self.seed = size, patches_per_volume, seed
-        self.min_foreground, self.threshold, self.augment = min_foreground, threshold, augment
+        self.min_foreground, self.threshold, self.augment, self.degradation = min_foreground, threshold, augment, degradation
 
     def __len__(self) -> int:
         return len(self.pairs) * self.patches_per_volume
@@ -209,13 +212,47 @@ class PatchDataset(Dataset):
         for _ in range(10):
             z, x, y = (int(random.integers(n)) for n in (len(pair), pair.shape[2] - self.size + 1, pair.shape[3] - self.size + 1))
             patch = pair[z, :, x : x + self.size, y : y + self.size]
-            if float((patch[1] > self.threshold).float().mean()) >= self.min_foreground:
+            if float((patch[-1] > self.threshold).float().mean()) >= self.min_foreground:
                 break
+        if self.degradation is not None:
+            patch = torch.cat([self._degraded(pair[z, 0], x, y, random), patch])
         if self.augment:
             patch = torch.rot90(patch, int(random.integers(4)), (1, 2))
             if random.integers(2):
                 patch = patch.flip(2)
         return {"image": patch[:1].contiguous(), "label": patch[1:].contiguous()}
+
+    def _degraded(self, target: torch.Tensor, x: int, y: int, random: np.random.Generator) -> torch.Tensor:
+        """(1, size, size): degraded with what lies around it, so that the patch has no borders that the slice does not have."""
+        margin = self.degradation.margin  # type: ignore[union-attr]
+        left, low = max(0, x - margin), max(0, y - margin)
+        window = target[left : x + self.size + margin, low : y + self.size + margin]
+        image = self.degradation(window, random)  # type: ignore[misc]
+        return image[None, x - left : x - left + self.size, y - low : y - low + self.size]
+
+
+class RandomFactor:
+    """Degradation of a patch by factors drawn at random: one for both axes in half of the cases, else one for each.
+
+    Args:
+        factors: the smallest and the largest.
+        mode, interpolation: see :func:`bundle.degradation.degrade`.
+
+    Raises:
+        InputError: when ``factors`` are not two ascending numbers of at least 1.
+    """
+
+    def __init__(self, factors: Sequence[float], mode: str = "bicubic", interpolation: str | None = None) -> None:
+        self.low, self.high = check_factor(factors)
+        if self.low > self.high:
+            raise InputError(f"factors must be the smallest and the largest, got {factors}")
+        self.mode, self.interpolation = mode, interpolation
+        self.margin = math.ceil(5 * self.high)  # Keys' kernel reaches 2 low-resolution pixels, on the way down and on the way up
+
+    def __call__(self, image: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
+        """Degraded image, (H, W) to the same shape."""
+        rows, columns = random.uniform(self.low, self.high, 2).tolist()
+        return degrade(image, (rows, rows if random.integers(2) else columns), self.mode, self.interpolation)
 
 
 class EpochSampler(DistributedSampler):

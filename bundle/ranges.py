@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from monai.data import MetaTensor
 
+from .degradation import Factor, check_factor
 from .errors import InputError
 from .files import write_json
 from .metrics import FOREGROUND
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # key in the files: what messages call it
 STATISTICS = {
+    "factor_x": "factor along x",
+    "factor_y": "factor along y",
     "spacing_x": "voxel size of the result along x, in mm,",
     "spacing_y": "voxel size of the result along y, in mm,",
     "spacing_z": "slice distance, in mm,",
@@ -31,25 +34,27 @@ STATISTICS = {
 TOLERANCE = 0.1  # of a value: how far outside the training data's range counts as far, where the range itself is narrower
 
 
-def describe(image: MetaTensor, factor: int = 1) -> dict[str, float]:
+def describe(image: MetaTensor, factor: Factor = 1) -> dict[str, float]:
     """Statistics by which volumes are compared.
 
     Args:
         image: (1, X, Y, Z), RAS, intensities scaled by :class:`bundle.transforms.ScaleIntensityByPercentiled`, not clipped.
-        factor: of the in-plane refinement, because the network works on the refined grid.
+        factor: of the in-plane refinement, of both axes or along x and along y, because the network works on the refined grid.
 
     Returns:
         a value for every key of ``STATISTICS``.
     """
-    spacing = [float(s) for s in image.pixdim]
+    factors, spacing = check_factor(factor), [float(s) for s in image.pixdim]
     voxels = image.as_tensor().flatten()
     foreground = voxels[voxels > FOREGROUND].double()
     if not len(foreground):  # negative values only
         foreground = voxels.new_zeros(1)
     mean, std = foreground.mean(), foreground.std(correction=0)
     return {
-        "spacing_x": spacing[0] / factor,
-        "spacing_y": spacing[1] / factor,
+        "factor_x": factors[0],
+        "factor_y": factors[1],
+        "spacing_x": spacing[0] / factors[0],
+        "spacing_y": spacing[1] / factors[1],
         "spacing_z": spacing[2],
         "zero": float((voxels == 0).float().mean()),
         "foreground": float((voxels > FOREGROUND).float().mean()),
@@ -72,22 +77,24 @@ def compare(statistics: Mapping[str, float], ranges: Mapping[str, list[float]], 
     """
     lines = [f"modality {modality}: the training data are MR"] if modality not in ("", "MR") else []
     for name, (low, high) in ranges.items():
-        value, width = statistics[name], high - low
+        value, width = statistics[name], 0 if name.startswith("factor") else high - low  # factors are chosen, not sampled
         if value < low - max(width, TOLERANCE * abs(low)) or value > high + max(width, TOLERANCE * abs(high)):
             lines.append(f"{STATISTICS[name]} is {value:.3g}; of the training data {low:.3g} to {high:.3g}")
     return lines
 
 
-def measure(volumes: Iterable[Mapping], path: str | Path, key: str = "image") -> None:
+def measure(volumes: Iterable[Mapping], path: str | Path, key: str = "image", factors: Sequence[float] = (1, 1)) -> None:
     """Write the range of every statistic over volumes: ``{"volumes": their number, "ranges": {name: [smallest, largest]}}``.
 
     Args:
         volumes: items with a volume as :func:`describe` takes it.
         path: of the JSON file.
         key: of the volume in an item.
+        factors: the smallest and the largest that the network is trained for.
     """
     rows = [describe(item[key]) for item in volumes]
     ranges = {name: [float(f"{f(row[name] for row in rows):.6g}") for f in (min, max)] for name in STATISTICS}
+    ranges |= {name: [float(f) for f in factors] for name in STATISTICS if name.startswith("factor")}
     write_json(Path(path), {"volumes": len(rows), "ranges": ranges})
     logger.info("ranges of %d volumes in %s", len(rows), path)
 

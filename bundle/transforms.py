@@ -22,7 +22,7 @@ from monai.transforms import InvertibleTransform, LoadImage, MapTransform, Spati
 from pydicom.misc import is_dicom
 
 from . import version
-from .degradation import check_factor, degrade, downsample, upsample
+from .degradation import Factor, check_factor, degrade, downsample, upsample
 from .dicom import check_slices, find_series, modality
 from .errors import InputError, switch
 from .figures import Panel, save_panels
@@ -243,9 +243,10 @@ class Degraded(MapTransform):
     """
 
     def __init__(
-        self, keys: KeysCollection, target_key: str = "label", factor: int = 2, mode: str = "bicubic", interpolation: str | None = None
+        self, keys: KeysCollection, target_key: str = "label", factor: Factor = 2, mode: str = "bicubic", interpolation: str | None = None
     ) -> None:
         super().__init__(keys)
+        check_factor(factor)
         self.target_key, self.factor, self.mode, self.interpolation = target_key, factor, mode, interpolation
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
@@ -259,40 +260,56 @@ class Degraded(MapTransform):
 
 
 class UpsampleInPlaned(MapTransform):
-    """Interpolate each axial slice to a grid refined by ``factor``; the affine follows, so nothing moves.
+    """Interpolate each axial slice to a finer grid; the affine follows, so nothing moves.
 
     Not invertible on purpose: ``Invertd`` then restores orientation and intensity and leaves the refined grid.
 
     Args:
-        keys: volumes (1, X, Y, Z); become (1, factor X, factor Y, Z).
-        factor: integer factor of both in-plane axes.
+        keys: volumes (1, X, Y, Z); become (1, factor X, factor Y, Z). ``meta["factor"]`` tells the factors along x and y.
+        factor: of both in-plane axes, or two numbers: along x and along y.
+        spacing: voxel size wanted in mm, of both axes or along x and along y; decides instead of ``factor`` where it is given.
         given_key: where to keep the volume as it was given; ``None`` does not.
 
     Raises:
-        InputError: when ``factor`` is not a positive integer.
+        InputError: when ``factor`` or ``spacing`` is none; when called on a volume whose voxels are finer than ``spacing``.
     """
 
-    def __init__(self, keys: KeysCollection, factor: int = 2, given_key: str | None = None) -> None:
+    def __init__(self, keys: KeysCollection, factor: Factor = 2, spacing: Factor | None = None, given_key: str | None = None) -> None:
         super().__init__(keys)
-        check_factor(factor)
-        self.factor, self.given_key = factor, given_key
+        self.refinement, self.given_key = Refinement(factor, spacing), given_key
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         d: dict = dict(data)
         for key in self.keys:
-            image = d[key]
-            refined = upsample(image.as_tensor().movedim(-1, 0), self.factor).movedim(0, -1).contiguous()
-            # the centre of refined voxel i lies at the given index (i + 0.5) / factor - 0.5
-            to_given = torch.diag(torch.tensor([1 / self.factor, 1 / self.factor, 1, 1], dtype=torch.float64))
-            to_given[:2, 3] = (1 / self.factor - 1) / 2
-            refined = MetaTensor(refined, meta=image.meta, applied_operations=image.applied_operations)
-            refined.affine = image.affine.to(torch.float64) @ to_given
-            for given in ("spatial_shape", "original_affine"):  # servers put a result back on the grid they find here
-                refined.meta.pop(given, None)
-            d[key] = refined
             if self.given_key is not None:
-                d[self.given_key] = image.as_tensor()
+                d[self.given_key] = d[key].as_tensor()
+            d[key] = _refined(d[key], self.refinement(d[key]))
         return d
+
+
+class Refinement:
+    """How much finer the grid of a volume is to be in-plane. Arguments as of :class:`UpsampleInPlaned`."""
+
+    def __init__(self, factor: Factor = 2, spacing: Factor | None = None) -> None:
+        self.factors = check_factor(factor)
+        pair = spacing if isinstance(spacing, Sequence) and not isinstance(spacing, str) else (spacing, spacing)
+        if spacing is not None and (len(pair) != 2 or not all(type(s) in (int, float) and 0 < s < math.inf for s in pair)):
+            raise InputError(f"spacing must be a positive number in mm, or two of them, got {spacing!r}")
+        self.spacing = None if spacing is None else pair
+
+    def __call__(self, image: MetaTensor) -> tuple[float, float]:
+        """Factors along x and y; an axis that is finer than the spacing wanted stays as it is.
+
+        Raises:
+            InputError: when both are.
+        """
+        if self.spacing is None:
+            return self.factors
+        x, y = (round(float(given) / wanted, 6) for given, wanted in zip(image.pixdim, self.spacing))  # of an affine in single precision
+        if max(x, y) < 1 - 1e-3:
+            sides = " x ".join(f"{float(s):.4g}" for s in image.pixdim[:2])
+            raise InputError(f"{name_of(image)}: spacing {self.spacing[0]:g} x {self.spacing[1]:g} mm asked for, but voxels are {sides} mm already")
+        return max(x, 1.0), max(y, 1.0)
 
 
 class SaveVolumed(MapTransform):
@@ -359,19 +376,18 @@ class CompareWithTrainingd(MapTransform):
     Args:
         keys: volumes (1, X, Y, Z) with scaled intensities, before they are refined.
         ranges: JSON file of :func:`bundle.ranges.measure`; where there is none, nothing is compared.
-        factor: of the refinement to come.
+        factor, spacing: of the refinement to come, see :class:`UpsampleInPlaned`.
     """
 
-    def __init__(self, keys: KeysCollection, ranges: str | None = None, factor: int = 1) -> None:
+    def __init__(self, keys: KeysCollection, ranges: str | None = None, factor: Factor = 1, spacing: Factor | None = None) -> None:
         super().__init__(keys)
-        self.path, self.factor = ranges, factor
-        self.ranges = read_ranges(ranges)
+        self.refinement, self.ranges = Refinement(factor, spacing), read_ranges(ranges)
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         d = dict(data)
         for key in self.keys:
             meta = d[key].meta
-            statistics = describe(d[key], self.factor)
+            statistics = describe(d[key], self.refinement(d[key]))
             far = compare(statistics, self.ranges, meta.get("modality", ""))
             for line in far:
                 logger.warning("%s: %s", name_of(d[key]), line)
@@ -388,21 +404,21 @@ class Consistencyd(MapTransform):
     1, the intensity scale.
 
     Args:
-        keys: the interpolated input and the result (1, factor X, factor Y, Z).
+        keys: the interpolated input, with its ``meta["factor"]``, and the result (1, factor X, factor Y, Z).
         given_key: the volume as given, (1, X, Y, Z), intensities scaled.
-        factor: of the refinement.
     """
 
-    def __init__(self, keys: KeysCollection, given_key: str = "given", factor: int = 2) -> None:
+    def __init__(self, keys: KeysCollection, given_key: str = "given") -> None:
         super().__init__(keys)
-        self.given_key, self.factor = given_key, factor
+        self.given_key = given_key
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         given = torch.as_tensor(data[self.given_key]).float().cpu().movedim(-1, 0)
+        factors = [float(f) for f in data[self.keys[0]].meta["factor"]]
         values = {}
         for name, key in zip(("interpolated", "result"), self.keys):
             slices = data[key].as_tensor().movedim(-1, 0)
-            error = sum(float((downsample(s.float().cpu(), self.factor) - g).square().sum()) for s, g in zip(slices, given))
+            error = sum(float((downsample(s.float().cpu(), factors) - g).square().sum()) for s, g in zip(slices, given))
             values[name] = round(-10 * math.log10(max(error / given.numel(), 1e-20)), 2)
         logger.info("%s: degraded again, the result agrees with the input to %.2f dB", name_of(data[self.keys[-1]]), values["result"])
         return {**data, "consistency": values}
@@ -473,6 +489,7 @@ class SaveReportd(MapTransform):
             report = {
                 "volume": volume,
                 "warnings": report.pop("warnings"),
+                "factor": [float(f) for f in data[key].meta["factor"]],
                 "consistency_db": data["consistency"],  # type: ignore[call-overload]
                 **report,
                 "made_with": self.made_with,
@@ -535,6 +552,20 @@ def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
     image.meta["codes"] = [sform_code or qform_code or aligned, qform_code or sform_code or aligned]
     image.meta["unit"] = header.header.get_xyzt_units()[0]
     return remarks
+
+
+def _refined(image: MetaTensor, factors: tuple[float, float]) -> MetaTensor:
+    """Volume (1, X, Y, Z) on the finer grid, in the same place: the centre of refined voxel i lies at the given (i + 0.5) / factor - 0.5."""
+    voxels = upsample(image.as_tensor().movedim(-1, 0), factors).movedim(0, -1).contiguous()
+    step = 1 / torch.tensor([*factors, 1, 1], dtype=torch.float64)
+    to_given = torch.diag(step)
+    to_given[:3, 3] = (step[:3] - 1) / 2
+    refined = MetaTensor(voxels, meta=image.meta, applied_operations=image.applied_operations)
+    refined.affine = image.affine.to(torch.float64) @ to_given
+    for given in ("spatial_shape", "original_affine"):  # servers put a result back on the grid they find here
+        refined.meta.pop(given, None)
+    refined.meta["factor"] = list(factors)
+    return refined
 
 
 def _crop(image: MetaTensor, start: Sequence[int], end: Sequence[int]) -> MetaTensor:

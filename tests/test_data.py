@@ -10,7 +10,8 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Orientationd
 from torch.utils.data import DataLoader, DistributedSampler
 
-from bundle.data import EpochSampler, InferenceDataset, PatchDataset, find_volumes, split_subjects
+from bundle.data import EpochSampler, InferenceDataset, PatchDataset, RandomFactor, find_volumes, split_subjects
+from bundle.degradation import degrade
 from bundle.errors import InputError
 from bundle.transforms import AxialSlicesd, CropInPlaned, LoadVolumed
 
@@ -193,6 +194,46 @@ def numbered(shape=(40, 36, 6), start=1, name="sub-03.nii"):
 
 def equal(a, b):
     return all(torch.equal(a[key], b[key]) for key in ("image", "label"))
+
+
+class TestRandomFactor:
+    def pair(self, shape=(70, 80, 2)):
+        label = torch.from_numpy(toy.head(shape))[None] / 1000
+        return {"image": label, "label": label}
+
+    def test_patch_is_that_of_the_degraded_slice(self):
+        """With one factor in the range and the patch as large as the slice, the input is the slice degraded by it."""
+        pair = self.pair((40, 40, 1))
+        item = PatchDataset([pair], size=40, augment=False, degradation=RandomFactor([2.5, 2.5]))[0]
+        torch.testing.assert_close(item["image"], degrade(pair["label"][..., 0], 2.5))
+        torch.testing.assert_close(item["label"], pair["label"][..., 0])
+
+    def test_borders_of_a_patch_are_not_borders_of_the_image(self):
+        """A linear slice stays itself but near its own borders, wherever the patch lies."""
+        ramp = (torch.arange(90.0) / 90)[:, None].expand(90, 90)[None, ..., None]
+        dataset = PatchDataset([{"image": ramp, "label": ramp}], size=9, augment=False, degradation=RandomFactor([2, 2]))
+        for item in (dataset[index] for index in range(30)):
+            if 0.2 < float(item["label"].min()) and float(item["label"].max()) < 0.8:
+                torch.testing.assert_close(item["image"], item["label"], atol=1e-5, rtol=0)
+
+    def test_factors_vary_and_are_a_function_of_seed_and_index(self):
+        degradation = RandomFactor([1.5, 4])
+        first, second = (PatchDataset([self.pair()], size=9, seed=3, degradation=degradation) for _ in range(2))
+        for index in (0, 5, 1000):
+            torch.testing.assert_close(first[index], second[index], atol=0, rtol=0)
+        drawn = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bundle.data.degrade", lambda image, factor, *rest: drawn.append(factor) or image)
+            for index in range(200):
+                first[index]
+        drawn = np.array(drawn)
+        assert drawn.min() >= 1.5 and drawn.max() <= 4 and np.ptp(drawn) > 2
+        assert 0.3 < (drawn[:, 0] == drawn[:, 1]).mean() < 0.7
+
+    @pytest.mark.parametrize("factors", [[4, 1.5], [0.5, 2], [2], "any", None])
+    def test_impossible_factors_are_refused(self, factors):
+        with pytest.raises(InputError, match="factor"):
+            RandomFactor(factors)
 
 
 class TestPatchDataset:

@@ -52,7 +52,7 @@ def affines(draw):
     shape=st.tuples(*[st.integers(1, 9)] * 3),
     dtype=st.sampled_from([np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64]),
     slope=st.sampled_from([None, 0.5, 3.0]),
-    factor=st.sampled_from([1, 2, 3, 4]),
+    factor=st.sampled_from([1, 2, 3, 4, 1.5, 2.5, 3.3333, (2, 3), (1.7, 1)]),
     steps=st.tuples(*[st.sampled_from([1, 2, 5])] * 3),
 )
 @settings(max_examples=100, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking takes minutes
@@ -67,8 +67,9 @@ def test_every_voxel_lies_where_it_should_and_agrees_with_nibabel(to_world, shap
     before = nib.load(path)
     after = refine(path, factor)
 
-    factors = np.array([1 if code in "SI" else factor for code in nib.aff2axcodes(before.affine)])
-    assert after.shape == tuple(factors * shape)
+    along = dict(zip("RLAPSI", np.repeat([*np.broadcast_to(factor, 2), 1], 2)))
+    factors = np.array([along[code] for code in nib.aff2axcodes(before.affine)])
+    assert after.shape == tuple(np.floor(factors * shape))
     index = np.stack(np.meshgrid(*map(np.arange, after.shape), indexing="ij"), -1)
     given_index = (index + 0.5) / factors - 0.5
     expected = nib.affines.apply_affine(before.affine, given_index)

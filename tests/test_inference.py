@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import json
 import os
 import re
 import shutil
@@ -131,6 +132,30 @@ class TestGeometryAndIntensity:
         assert after.shape == (21 * scale, 18 * scale, 3)
         np.testing.assert_allclose(after.header.get_zooms(), (1 / scale, 1 / scale, 2), rtol=1e-5)
         np.testing.assert_allclose(after.get_fdata(), bicubic(toy.head((21, 18, 3)), scale), atol=0.01)
+
+    @pytest.mark.parametrize(("scale", "factors"), [(2.5, (2.5, 2.5)), ([2, 3], (2, 3)), ([1, 1.5], (1, 1.5))])
+    def test_scale_may_be_any_and_one_for_each_axis(self, scale, factors, infer, stored):
+        out = infer(stored, "untrained", scale=scale)
+        before, after = canonical(stored), canonical(out / "sub_sr.nii.gz")
+        factors = np.array([*factors, 1])
+        assert after.shape == tuple(np.floor(factors * before.shape))
+        index = np.stack(np.meshgrid(*map(np.arange, after.shape), indexing="ij"), -1)
+        expected = nib.affines.apply_affine(before.affine, (index + 0.5) / factors - 0.5)
+        np.testing.assert_allclose(nib.affines.apply_affine(after.affine, index), expected, atol=1e-4)
+        report = json.loads((out / "sub_sr.json").read_text())
+        assert report["factor"] == pytest.approx(factors[:2])
+        assert report["consistency_db"]["result"] > 30
+
+    def test_spacing_is_that_asked_for_whatever_the_file_has(self, infer, tmp_path):
+        for name, spacing in (("a", (0.9, 1.2, 3)), ("b", (1.5, 0.5, 2))):
+            toy.write_nifti(tmp_path / "in" / f"{name}.nii.gz", toy.head((20, 22, 3)), toy.affine(spacing, (5, 6, 7)))
+        out = infer(tmp_path / "in", "untrained", spacing=0.6)
+        for name, zooms, factor in (("a", (0.6, 0.6, 3), (1.5, 2)), ("b", (0.6, 0.5, 2), (2.5, 1))):
+            np.testing.assert_allclose(nib.load(out / f"{name}_sr.nii.gz").header.get_zooms(), zooms, rtol=1e-5)
+            report = json.loads((out / f"{name}_sr.json").read_text())
+            assert report["factor"] == pytest.approx(factor)
+            assert report["statistics"]["spacing_x"] == pytest.approx(zooms[0])
+            assert report["made_with"]["spacing"] == 0.6
 
     @pytest.mark.parametrize("axcodes", ["RAS", "LPI", "IPR"])
     def test_axial_slices_are_counted_from_the_inferior_end(self, axcodes, infer, tmp_path):
@@ -432,13 +457,19 @@ class TestBadInput:
             infer(path, axial_slices=axial_slices)
         assert f"axial_slices must be [first, last] with 1 <= first <= last, got {axial_slices}" in whole_story(error.value)
 
-    @pytest.mark.parametrize("scale", [0, 2.5, -1, "two"])
+    @pytest.mark.parametrize("scale", [0, 0.5, -1, "two", [2, 2, 2]])
     def test_impossible_scale_is_refused(self, scale, infer, tmp_path):
         path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
         with pytest.raises(Exception) as error:
             infer(path, scale=scale)
-        assert f"factor must be a positive integer, got {scale!r}" in whole_story(error.value)
+        assert f"factor must be a number of at least 1, or two of them, got {scale!r}" in whole_story(error.value)
         assert not (tmp_path / "out" / "a_sr.nii.gz").exists()
+
+    def test_spacing_that_is_coarser_than_the_file_s_is_refused_by_name(self, infer, tmp_path):
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
+        with pytest.raises(Exception) as error:
+            infer(path, spacing=1.5)
+        assert f"{path}: spacing 1.5 x 1.5 mm asked for, but voxels are 1 x 1 mm already" in reason(error.value)
 
     def test_missing_checkpoint_is_named(self, infer, tmp_path):
         path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))

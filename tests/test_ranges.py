@@ -30,6 +30,8 @@ class TestDescribe:
         foreground = array[array > 0] / np.percentile(array[array > 0], 99.9)
         foreground = foreground[foreground > 0.05]
         expected = {
+            "factor_x": 2,
+            "factor_y": 2,
             "spacing_x": 0.5,
             "spacing_y": 1,
             "spacing_z": 3,
@@ -41,6 +43,10 @@ class TestDescribe:
         }
         assert found == pytest.approx(expected, abs=1e-5)
         assert found.keys() == STATISTICS.keys()
+
+    def test_each_axis_has_a_factor_of_its_own(self, tmp_path):
+        found = statistics(toy.write_nifti(tmp_path / "a.nii.gz", to_world=toy.affine((1, 2, 3))), factor=(2.5, 4))
+        assert [found[f"{name}_{axis}"] for name in ("factor", "spacing") for axis in "xy"] == pytest.approx([2.5, 4, 0.4, 0.5])
 
     def test_units_do_not_matter(self, tmp_path):
         one, other = (statistics(toy.write_nifti(tmp_path / f"{u}.nii.gz", toy.head() * u)) for u in (1, 1000))
@@ -73,6 +79,11 @@ class TestCompare:
         lines = compare({"spacing_x": spacing, "mean": mean}, self.RANGES)
         assert len(lines) == len(far)
         assert all(line.startswith(start) for line, start in zip(lines, far))
+
+    @pytest.mark.parametrize(("factor", "number"), [(1.5, 0), (4.3, 0), (5, 1), (1, 1)])
+    def test_factor_outside_those_of_the_training_is_told(self, factor, number):
+        lines = compare({"factor_x": factor}, {"factor_x": [1.5, 4]})
+        assert lines == [f"factor along x is {factor}; of the training data 1.5 to 4"][:number]
 
     @pytest.mark.parametrize(("modality", "number"), [("", 0), ("MR", 0), ("CT", 1)])
     def test_modality_is_told_where_it_is_another(self, modality, number):
@@ -107,7 +118,8 @@ def test_ranges_are_those_of_the_training_subjects(trained):
     found = [statistics(trained / "data" / f"sub-{n:02d}.nii.gz") for n in (1, 2)]
     assert content["volumes"] == 2
     for name, (low, high) in content["ranges"].items():
-        assert (low, high) == pytest.approx(sorted(f[name] for f in found), rel=1e-5)
+        expected = (2, 2) if name.startswith("factor") else sorted(f[name] for f in found)
+        assert (low, high) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.fixture

@@ -46,7 +46,11 @@ def affines(draw):
 
 
 sizes = st.tuples(st.integers(7, 12), st.integers(7, 12), st.integers(1, 3))
-factors = st.sampled_from([2, 3, 4])
+factors = st.sampled_from([2, 3, 4, 1.5, 2.71828, (1, 2), (3, 1.25)])
+
+
+def pair(factor):
+    return np.broadcast_to(np.array(factor, dtype=float), 2)
 
 
 class TestUpsampleInPlane:
@@ -54,13 +58,13 @@ class TestUpsampleInPlane:
     @settings(max_examples=40, deadline=None)
     def test_refined_voxels_lie_where_they_should(self, to_world, shape, factor):
         refined = apply(UpsampleInPlaned("image", factor), np.ones(shape), to_world)
-        assert refined.shape == (1, factor * shape[0], factor * shape[1], shape[2])
+        assert refined.shape == (1, *(int(f * n) for f, n in zip(pair(factor), shape)), shape[2])
         index = all_indices(refined.shape[1:])
         given_index = index.astype(float)
-        given_index[..., :2] = (given_index[..., :2] + 0.5) / factor - 0.5
+        given_index[..., :2] = (given_index[..., :2] + 0.5) / pair(factor) - 0.5
         np.testing.assert_allclose(world(refined.affine, index), world(to_world, given_index), atol=1e-4)
 
-    @given(to_world=affines(), shape=sizes, factor=factors)
+    @given(to_world=affines(), shape=sizes, factor=st.sampled_from([2, 3, 4]))
     @settings(max_examples=20, deadline=None)
     def test_corners_of_the_field_of_view_stay(self, to_world, shape, factor):
         refined = apply(UpsampleInPlaned("image", factor), np.ones(shape), to_world)
@@ -77,7 +81,7 @@ class TestUpsampleInPlane:
 
         refined = apply(UpsampleInPlaned("image", factor), intensity(world(to_world, all_indices(shape))), to_world)
         expected = intensity(world(refined.affine, all_indices(refined.shape[1:])))
-        inner = (slice(2 * factor, -2 * factor),) * 2
+        inner = tuple(slice(border, -border) for border in np.ceil(2 * pair(factor) + 1).astype(int))
         np.testing.assert_allclose(refined.numpy()[0][inner], expected[inner], atol=2e-3)
 
     def test_grid_of_the_file_is_forgotten(self, tmp_path):
@@ -87,14 +91,15 @@ class TestUpsampleInPlane:
         assert {"spatial_shape", "original_affine"} <= loaded["image"].meta.keys()
         assert not {"spatial_shape", "original_affine"} & UpsampleInPlaned("image")(loaded)["image"].meta.keys()
 
-    @pytest.mark.parametrize("factor", [2, 3, 4])
+    @pytest.mark.parametrize("factor", [2, 3, 4, 1.5, 2.5])
     def test_agrees_with_nibabel_on_a_smooth_volume(self, factor):
         to_world = toy.affine((1.2, 0.8, 3), (20, 10, -15))
         x, y, z = all_indices((31, 36, 4)).transpose(3, 0, 1, 2)
         smooth = 100 + 30 * np.sin(x / 4) * np.cos(y / 5) + 5 * z
         refined = apply(UpsampleInPlaned("image", factor), smooth, to_world)
         resampled = resample_from_to(nib.Nifti1Image(smooth, to_world), (refined.shape[1:], refined.affine.numpy()), order=3)
-        inner = (slice(3 * factor, -3 * factor), slice(3 * factor, -3 * factor), slice(1, -1))
+        border = int(3 * factor + 1)
+        inner = (slice(border, -border), slice(border, -border), slice(1, -1))
         np.testing.assert_allclose(refined.numpy()[0][inner], resampled.get_fdata()[inner], atol=0.2)  # a spline, not Keys' kernel
 
     @pytest.mark.parametrize("factor", [2, 3, 4])
@@ -116,10 +121,35 @@ class TestUpsampleInPlane:
         assert given_volume.shape[1:] == toy.SHAPE
         np.testing.assert_array_equal(given_volume.affine, toy.affine())
 
-    @pytest.mark.parametrize("factor", [0, -2, 2.5, "2", True])
+    @pytest.mark.parametrize("factor", [0, -2, 0.5, "2", True])
     def test_impossible_factor_is_refused(self, factor):
         with pytest.raises(ValueError, match=str(factor)):
             apply(UpsampleInPlaned("image", factor), toy.head())
+
+    @given(spacing=st.tuples(st.floats(0.5, 4), st.floats(0.5, 4)), wanted=st.floats(0.2, 0.49))
+    @settings(max_examples=20, deadline=None)
+    def test_voxels_have_the_size_asked_for(self, spacing, wanted):
+        to_world = toy.affine((*spacing, 3), (20, 10, -15)).astype(np.float32)  # as NIfTI keeps it
+        refined = apply(UpsampleInPlaned("image", spacing=wanted), np.ones((7, 8, 2)), to_world)
+        np.testing.assert_allclose(refined.pixdim, (wanted, wanted, 3), rtol=1e-5)
+        np.testing.assert_allclose(refined.meta["factor"], np.array(spacing) / wanted, rtol=1e-5)
+        np.testing.assert_allclose(
+            world(refined.affine, [-0.5, -0.5, 0]), world(to_world, [-0.5, -0.5, 0]), atol=1e-4
+        )  # the corner of the field of view stays
+
+    def test_axis_that_is_fine_enough_stays(self):
+        refined = apply(UpsampleInPlaned("image", spacing=(0.5, 0.5)), np.ones((7, 8, 2)), toy.affine((0.4, 1, 2)))
+        np.testing.assert_allclose(refined.pixdim, (0.4, 0.5, 2))
+        assert refined.shape == (1, 7, 16, 2)
+
+    def test_volume_that_is_finer_than_asked_for_is_refused(self):
+        with pytest.raises(InputError, match=r"sub-07.nii.gz: spacing 0.5 x 0.5 mm asked for, but voxels are 0.4 x 0.3 mm already"):
+            apply(UpsampleInPlaned("image", spacing=0.5), np.ones((7, 8, 2)), toy.affine((0.4, 0.3, 2)))
+
+    @pytest.mark.parametrize("spacing", [0, -1, "fine", True, [1], [1, 0], [1, 1, 1], float("nan")])
+    def test_impossible_spacing_is_refused(self, spacing):
+        with pytest.raises(InputError, match="spacing must be a positive number in mm, or two of them, got"):
+            UpsampleInPlaned("image", spacing=spacing)
 
 
 class TestAxialSlices:

@@ -52,7 +52,7 @@ def affines(draw):
     shape=st.tuples(*[st.integers(1, 9)] * 3),
     dtype=st.sampled_from([np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64]),
     slope=st.sampled_from([None, 0.5, 3.0]),
-    factor=st.sampled_from([1, 2, 3, 4, 1.5, 2.5, 3.3333, (2, 3), (1.7, 1)]),
+    factor=st.sampled_from([1, 2, 3, 4, 1.5, 2.5, 3.3, (2, 3), (1.7, 1)]),
     steps=st.tuples(*[st.sampled_from([1, 2, 5])] * 3),
 )
 @settings(max_examples=100, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking takes minutes
@@ -64,18 +64,18 @@ def test_every_voxel_lies_where_it_should_and_agrees_with_nibabel(to_world, shap
     linear = 1.0 + index @ np.array(steps)  # interpolation keeps what is linear
     slope = slope if np.issubdtype(dtype, np.integer) else None
     path = toy.write_nifti(Path(FOLDER.name) / "a.nii.gz", linear * (slope or 1), to_world, dtype, slope)
-    before = nib.load(path)
-    after = refine(path, factor)
+    stored, refined = nib.load(path), refine(path, factor)
 
-    along = dict(zip("RLAPSI", np.repeat([*np.broadcast_to(factor, 2), 1], 2)))
-    factors = np.array([along[code] for code in nib.aff2axcodes(before.affine)])
-    assert after.shape == tuple(np.floor(factors * shape))
+    assert nib.aff2axcodes(refined.affine) == nib.aff2axcodes(stored.affine)
+    before, after = (nib.as_closest_canonical(volume) for volume in (stored, refined))
+    factors = np.array([*np.broadcast_to(factor, 2), 1])
+    assert after.shape == tuple(np.floor(factors * before.shape))
     index = np.stack(np.meshgrid(*map(np.arange, after.shape), indexing="ij"), -1)
     given_index = (index + 0.5) / factors - 0.5
     expected = nib.affines.apply_affine(before.affine, given_index)
     np.testing.assert_allclose(nib.affines.apply_affine(after.affine, index), expected, atol=1e-4)
 
-    inner = np.all((factors == 1) | ((given_index >= 2) & (given_index <= np.array(shape) - 3)), -1)
+    inner = np.all((factors == 1) | ((given_index >= 2) & (given_index <= np.array(before.shape) - 3)), -1)
     as_float = nib.Nifti1Image(before.get_fdata(), before.affine)  # nibabel would round to the type of the input
     resampled = resample_from_to(as_float, after, order=1, mode="nearest").get_fdata()
     np.testing.assert_allclose(after.get_fdata()[inner], resampled[inner], rtol=1e-4)

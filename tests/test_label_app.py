@@ -192,6 +192,8 @@ class TestInference:
     def test_scale_and_slices_are_those_asked_for(self, server):
         assert server.volume("axial scan", scale="3", axial_slices="[2, 3]").shape == (120, 108, 2)
         assert server.volume("axial scan", scale=4, axial_slices=[1, 1]).shape == (160, 144, 1)
+        assert server.volume("axial scan", scale="[1, 2.5]", axial_slices=[1, 1]).shape == (40, 90, 1)
+        assert server.volume("axial scan", spacing="0.8", axial_slices=[1, 1]).shape == (50, 45, 1)
 
     def test_documented_commands_fetch_volumes(self, server, expected):
         server.documented("-o scan1_sr.nii.gz")
@@ -205,8 +207,9 @@ class TestInference:
     @pytest.mark.parametrize(
         ("parameters", "message"),
         [
-            ({"scale": 5}, "scale must be 2, 3 or 4, got '5'"),
-            ({"scale": "$open('pwned', 'w')"}, "scale must be 2, 3 or 4, got \"$open('pwned', 'w')\""),
+            ({"scale": 5}, "scale must be a number from 1 to 4, or two like [2, 3], got 5"),
+            ({"scale": "$open('pwned', 'w')"}, "scale must be a number from 1 to 4, or two like [2, 3], got \"$open('pwned', 'w')\""),
+            ({"spacing": "[1, '$2']"}, "spacing must be a number from 0.2 to 4, or two like [2, 3], got \"[1, '$2']\""),
             ({"axial_slices": "$open('pwned', 'w')"}, "axial_slices must be like [90, 97], got \"$open('pwned', 'w')\""),
             ({"axial_slices": [3, 9]}, "axial slices 3 to 9 asked for, but the volume has 6"),
             ({"device": "$open('pwned', 'w')"}, "no such device: \"$open('pwned', 'w')\""),

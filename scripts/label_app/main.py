@@ -93,7 +93,7 @@ class SuperResolution(InferTask):
 
     def __init__(self, *weights: Path) -> None:
         # as a segmentation, the result would be loaded as a mask, in 8 bits
-        config = {"device": device_list(), "scale": ["2", "3", "4"], "axial_slices": ""}
+        config = {"device": device_list(), "scale": ["2", "1.5", "2.5", "3", "4"], "spacing": "", "axial_slices": ""}
         super().__init__(InferType.OTHERS, {}, 3, METADATA["description"], config)
         self.weights = weights
 
@@ -290,15 +290,27 @@ def scans(datastore: Datastore) -> list[str]:
 
 def options_of(request: dict) -> dict[str, Any]:
     """Settings of ``configs/inference.json`` that a request may choose. Strings of a request must not get there: they can be code."""
-    scale, axial_slices = str(request.get("scale") or 2), request.get("axial_slices") or None
-    if scale not in ("2", "3", "4"):
-        raise InputError(f"scale must be 2, 3 or 4, got {scale!r}")
+    scale, spacing = (numbers_of(request, *option) for option in (("scale", 2, 1, 4), ("spacing", None, 0.2, 4)))
+    axial_slices = request.get("axial_slices") or None
     if axial_slices is not None:
         try:
             axial_slices = [int(n) for n in (json.loads(axial_slices) if isinstance(axial_slices, str) else axial_slices)]
         except (TypeError, ValueError) as e:
             raise InputError(f"axial_slices must be like [90, 97], got {axial_slices!r}") from e
-    return {"scale": int(scale), "axial_slices": axial_slices}
+    return {"scale": scale, "spacing": spacing, "axial_slices": axial_slices}
+
+
+def numbers_of(request: dict, name: str, default: float | None, low: float, high: float) -> float | list[float] | None:
+    """A number of a request, or two like ``"[2, 3]"``: along x and along y."""
+    given = request.get(name) or default
+    try:
+        value = json.loads(given) if isinstance(given, str) else given
+        pair = value if isinstance(value, list) else [value, value]
+        if value is None or (len(pair) == 2 and all(type(v) in (int, float) and low <= v <= high for v in pair)):
+            return value
+    except ValueError:
+        pass
+    raise InputError(f"{name} must be a number from {low} to {high}, or two like [2, 3], got {given!r}")
 
 
 def device_of(request: dict) -> torch.device:

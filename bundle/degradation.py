@@ -115,7 +115,12 @@ def _resample(image: Tensor, size: list[int], steps: tuple[float, float], mode: 
     if mode == "nearest":
         flat = torch.ops.aten._upsample_nearest_exact2d(flat, size, *scales)
     else:  # antialiased, which selects a = -0.5 for bicubic when enlarging too, where nothing needs to be smoothed
-        flat = getattr(torch.ops.aten, f"_upsample_{mode}2d_aa")(flat, size, False, *scales)
+        resize = getattr(torch.ops.aten, f"_upsample_{mode}2d_aa")
+        if size[1] == 1 and size[0] > 1:  # torch 2.13 goes down a single column wrongly, but along a single row rightly
+            flat = resize(flat, [flat.shape[-2], 1], False, 1.0, scales[1]).mT.contiguous()
+            flat = resize(flat, [1, size[0]], False, 1.0, scales[0]).mT.contiguous()
+        else:
+            flat = resize(flat, size, False, *scales)
     return flat.view(*image.shape[:-2], *size)
 
 

@@ -146,6 +146,16 @@ def test_any_factor_follows_the_definition(factor, size, mode, definition):
     np.testing.assert_allclose(upsample(image, (factor, 1), mode)[:, 0], high, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", DEGRADATIONS)
+@pytest.mark.parametrize("factor", [(2.5, 1), (2, 2), (3, 2)])
+def test_single_column_is_resampled_as_one_of_many(factor, mode):
+    for columns in (1, 2):
+        image = noise(11, 1).expand(11, columns).contiguous()
+        many = image[:, :1].expand(11, 8).contiguous()
+        for function in (downsample, upsample, degrade):
+            torch.testing.assert_close(function(image, factor, mode)[:, :1], function(many, factor, mode)[:, 3:4], atol=1e-6, rtol=0)
+
+
 def test_axes_have_factors_of_their_own():
     image = noise(24, 30)
     for function in (downsample, upsample, degrade):

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
-from .degradation import check_factor, degrade
+from .degradation import PROFILES, check_factor, degrade, degrade_slices
 from .dicom import find_series
 from .errors import InputError, reason, switch
 from .files import RESULT_MARK, is_done, namesakes
 from .transforms import name_of
 
-__all__ = ["EpochSampler", "InferenceDataset", "PatchDataset", "RandomFactor", "find_volumes", "split_subjects"]
+__all__ = ["EpochSampler", "InferenceDataset", "PatchDataset", "RandomFactor", "RandomSlices", "find_volumes", "split_subjects"]
 
 VOLUME_PATTERNS = ("*.nii", "*.nii.gz", "*.mha", "*.mhd", "*.nrrd", "*.nhdr", "*.img", "*.img.gz")
 
@@ -172,7 +172,9 @@ class PatchDataset(Dataset):
         threshold: intensity above which a pixel is foreground.
         augment: whether to flip and rotate by multiples of 90 degrees.
         seed: of the patches.
-        degradation: makes the input from the target, patch by patch (:class:`RandomFactor`); ``None`` takes that of the volumes.
+        degradation: makes the input from the target, patch by patch (:class:`RandomFactor`, :class:`RandomSlices`); ``None`` takes
+            that of the volumes.
+        any_plane: whether to take patches of axial, coronal and sagittal planes, the rows along any axis, and not of axial ones only.
 
     Raises:
         InputError: when a volume is smaller than a patch.
@@ -187,12 +189,13 @@ class PatchDataset(Dataset):
         threshold: float = 0.05,
         augment: bool = True,
         seed: int = 0,
-        degradation: RandomFactor | None = None,
+        degradation: RandomFactor | RandomSlices | None = None,
+        any_plane: bool = False,
     ) -> None:
         self.pairs = []
         for volume in volumes:
             pair = [torch.as_tensor(volume[key])[0] for key in (("image", "label") if degradation is None else ("label",))]
-            if min(pair[0].shape[:2]) < size:
+            if min(pair[0].shape[: 3 if any_plane else 2]) < size:
                 raise InputError(
                     f"{name_of(volume['label'])}: slices of {pair[0].shape[0]} x {pair[0].shape[1]} pixels "
                     f"are smaller than a patch of {size} x {size}"
@@ -200,7 +203,8 @@ class PatchDataset(Dataset):
             # slices first: a patch is then a small window of contiguous rows
             self.pairs.append(torch.stack(pair).as_subclass(torch.Tensor).permute(3, 0, 1, 2).contiguous())
         self.size, self.patches_per_volume, self.seed = size, patches_per_volume, seed
-        self.min_foreground, self.threshold, self.augment, self.degradation = min_foreground, threshold, augment, degradation
+        self.min_foreground, self.threshold, self.augment = min_foreground, threshold, augment
+        self.degradation, self.any_plane = degradation, any_plane
 
     def __len__(self) -> int:
         return len(self.pairs) * self.patches_per_volume
@@ -209,6 +213,9 @@ class PatchDataset(Dataset):
         """``{"image": (1, size, size), "label": (1, size, size)}``; any index from 0 upwards: epoch e begins at e x len."""
         random = np.random.default_rng((self.seed, index))
         pair = self.pairs[index % len(self.pairs)]
+        if self.any_plane:
+            across, rows, columns = random.permutation([0, 2, 3]).tolist()
+            pair = pair.permute(across, 1, rows, columns)
         for _ in range(10):
             z, x, y = (int(random.integers(n)) for n in (len(pair), pair.shape[2] - self.size + 1, pair.shape[3] - self.size + 1))
             patch = pair[z, :, x : x + self.size, y : y + self.size]
@@ -253,6 +260,35 @@ class RandomFactor:
         """Degraded image, (H, W) to the same shape."""
         rows, columns = random.uniform(self.low, self.high, 2).tolist()
         return degrade(image, (rows, rows if random.integers(2) else columns), self.mode, self.interpolation)
+
+
+class RandomSlices:
+    """Degradation of a patch to thick slices: the slice profile, the gap and the distance of the slices, which lie along its rows, are
+    drawn at random. Half of the patches have no gap; a quarter is coarser in the plane of the slices too.
+
+    Args:
+        factors: the smallest and the largest distance of slices, in pixels.
+        largest_gap: as a fraction of the distance.
+        coarsest: the largest factor in the plane of the slices.
+
+    Raises:
+        InputError: when ``factors`` are not two ascending numbers of at least 1.
+    """
+
+    def __init__(self, factors: Sequence[float], largest_gap: float = 0.3, coarsest: float = 2.0) -> None:
+        self.low, self.high = check_factor(factors)
+        if self.low > self.high:
+            raise InputError(f"factors must be the smallest and the largest, got {factors}")
+        self.largest_gap, self.coarsest = largest_gap, coarsest
+        self.margin = math.ceil(5 * self.high)
+
+    def __call__(self, image: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
+        """Degraded image, (H, W) to the same shape."""
+        profile = PROFILES[random.integers(len(PROFILES))]
+        gap = random.uniform(0, self.largest_gap) if random.integers(2) else 0.0
+        if not random.integers(4):
+            image = degrade(image, (random.uniform(1, self.coarsest), 1.0))
+        return degrade_slices(image, random.uniform(self.low, self.high), profile, gap)
 
 
 class EpochSampler(DistributedSampler):

@@ -15,9 +15,22 @@ from torch import Tensor
 
 from .errors import InputError
 
-__all__ = ["DEGRADATIONS", "INTERPOLATIONS", "Factor", "check_factor", "degrade", "downsample", "refined_size", "upsample"]
+__all__ = [
+    "DEGRADATIONS",
+    "INTERPOLATIONS",
+    "PROFILES",
+    "Factor",
+    "acquire_slices",
+    "check_factor",
+    "degrade",
+    "degrade_slices",
+    "downsample",
+    "refined_size",
+    "upsample",
+]
 
 DEGRADATIONS = ("bicubic", "kspace")
+PROFILES = ("gaussian", "box")
 INTERPOLATIONS = ("bicubic", "kspace", "bilinear", "nearest")
 
 Factor = float | Sequence[float]  # of both axes, or of the rows and of the columns
@@ -66,6 +79,42 @@ def degrade(image: Tensor, factor: Factor, mode: str = "bicubic", interpolation:
         interpolation: mode of :func:`upsample`; ``None`` is that of the degradation.
     """
     return _refine(downsample(image, factor, mode), list(image.shape[-2:]), check_factor(factor), interpolation or mode)
+
+
+def acquire_slices(image: Tensor, factor: float, profile: str = "gaussian", gap: float = 0.0) -> Tensor:
+    """Thick slices across the last axis, as a 2D sequence acquires them: weighted means over the slice profile, none decimated.
+
+    Args:
+        image: (..., D), floating point.
+        factor: distance of the slices, in voxels of ``image``; the geometry is that of :func:`downsample`.
+        profile: ``"gaussian"`` or ``"box"``; the full width at half maximum is the slice thickness.
+        gap: between slices, as a fraction of their distance; the rest is their thickness.
+
+    Returns:
+        (..., ceil(D / factor)).
+
+    Raises:
+        ValueError: for an unknown ``profile``, a ``gap`` outside [0, 1), or a ``factor`` that is none.
+    """
+    check_factor(factor)
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be one of {PROFILES}, got {profile!r}")
+    if not 0 <= gap < 1:
+        raise InputError(f"gap must be in [0, 1), got {gap!r}")
+    number = max(1, math.ceil(image.shape[-1] / factor - PIXEL_FRACTION))
+    image = _pad_end(image, 0, max(0, math.ceil(number * factor - PIXEL_FRACTION) - image.shape[-1]))
+    # from the centre of slice j to the borders of voxel i, in slice thicknesses
+    borders = torch.arange(image.shape[-1] + 1, dtype=torch.float64, device=image.device) - 0.5
+    centres = (torch.arange(number, dtype=torch.float64, device=image.device) + 0.5) * factor - 0.5
+    borders = (borders - centres[:, None]) / (factor * (1 - gap))
+    integral = borders.clamp(-0.5, 0.5) if profile == "box" else torch.erf(2 * math.sqrt(math.log(2)) * borders) / 2
+    weights = integral.diff()
+    return image @ (weights / weights.sum(1, keepdim=True)).T.to(image.dtype)
+
+
+def degrade_slices(image: Tensor, factor: float, profile: str = "gaussian", gap: float = 0.0) -> Tensor:
+    """Thick slices interpolated back, (..., H, D) to the same shape. Arguments as of :func:`acquire_slices`."""
+    return _refine(acquire_slices(image, factor, profile, gap), list(image.shape[-2:]), (1, factor), "bicubic")
 
 
 def refined_size(side: int, factor: float) -> int:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 STATISTICS = {
     "factor_x": "factor along x",
     "factor_y": "factor along y",
+    "factor_z": "factor across the slices",
     "spacing_x": "voxel size of the result along x, in mm,",
     "spacing_y": "voxel size of the result along y, in mm,",
     "spacing_z": "slice distance, in mm,",
@@ -44,7 +45,8 @@ def describe(image: MetaTensor, factor: Factor = 1) -> dict[str, float]:
     Returns:
         a value for every key of ``STATISTICS``.
     """
-    factors, spacing = check_factor(factor), [float(s) for s in image.pixdim]
+    *in_plane, across = (*factor, 1)[:3] if isinstance(factor, Sequence) and len(factor) > 1 else (factor, factor, 1)
+    factors, spacing = (*check_factor(in_plane), across), [float(s) for s in image.pixdim]
     voxels = image.as_tensor().flatten()
     foreground = voxels[voxels > FOREGROUND].double()
     if not len(foreground):  # negative values only
@@ -53,9 +55,10 @@ def describe(image: MetaTensor, factor: Factor = 1) -> dict[str, float]:
     return {
         "factor_x": factors[0],
         "factor_y": factors[1],
+        "factor_z": factors[2],
         "spacing_x": spacing[0] / factors[0],
         "spacing_y": spacing[1] / factors[1],
-        "spacing_z": spacing[2],
+        "spacing_z": spacing[2] / factors[2],
         "zero": float((voxels == 0).float().mean()),
         "foreground": float((voxels > FOREGROUND).float().mean()),
         "mean": float(mean),

@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import ImageReader, ITKReader, MetaTensor
-from monai.transforms import InvertibleTransform, LoadImage, MapTransform, SpatialCrop
-from pydicom.misc import is_dicom
-
 from . import version
-from .degradation import Factor, check_factor, degrade, downsample, upsample
+from monai.transforms import InvertibleTransform, LoadImage, MapTransform, Orientation, SpatialCrop
+
+from .degradation import Factor, acquire_slices, check_factor, degrade, degrade_slices, downsample, upsample
 from .dicom import check_slices, find_series, modality
 from .errors import InputError, switch
 from .figures import Panel, save_panels
@@ -42,7 +41,10 @@ __all__ = [
     "SaveReportd",
     "SaveVolumed",
     "ScaleIntensityByPercentiled",
+    "ThickAxisLastd",
+    "ThickSlicesd",
     "UpsampleInPlaned",
+    "UpsampleToIsotropicd",
 ]
 
 logger = logging.getLogger(__name__)
@@ -259,6 +261,68 @@ class Degraded(MapTransform):
         return d
 
 
+class ThickSlicesd(MapTransform):
+    """Make the pair of thick slices: the volume becomes the target, its axial slices made thick and interpolated back the input.
+
+    Args:
+        keys: the volume of thin slices (1, X, Y, Z); replaced.
+        target_key: where the volume of thin slices goes.
+        thickness: distance of the thick slices in mm; an item's own ``"thickness"`` goes before it.
+        profile, gap: see :func:`bundle.degradation.acquire_slices`.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, target_key: str = "label", thickness: float = 4.0, profile: str = "gaussian", gap: float = 0.0
+    ) -> None:
+        super().__init__(keys)
+        self.target_key, self.thickness, self.profile, self.gap = target_key, thickness, profile, gap
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d: dict = dict(data)
+        for key in self.keys:
+            d[self.target_key] = d[key]
+            factor = slice_factor(d[key], float(d.get("thickness", self.thickness)))
+            d[key] = MetaTensor(degrade_slices(d[key].as_tensor(), factor, self.profile, self.gap), meta=d[key].meta)
+        return d
+
+
+def slice_factor(image: MetaTensor, thickness: float) -> float:
+    """Distance of slices of a thickness in mm, in those of a volume of thin ones.
+
+    Raises:
+        InputError: when the volume's are thicker.
+    """
+    factor = round(thickness / float(image.pixdim[2]), 4)
+    if factor < 1:
+        raise InputError(f"{name_of(image)}: slices of {thickness:g} mm cannot be made of slices of {float(image.pixdim[2]):.4g} mm")
+    return factor
+
+
+class ThickAxisLastd(MapTransform, InvertibleTransform):
+    """Turn a volume so that the axis of the largest spacing is the last one: sagittal slices to (A, S, R), coronal ones to (R, S, A),
+    axial ones, and volumes whose slices are no thicker than their pixels, to RAS.
+
+    Args:
+        keys: volumes (1, X, Y, Z) in any orientation.
+    """
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d: dict = dict(data)
+        for key in self.keys:
+            before = nib.aff2axcodes(d[key].affine.numpy())
+            spacing = {{"L": "R", "P": "A", "I": "S"}.get(code, code): float(s) for code, s in zip(before, d[key].pixdim)}
+            thick = max("SAR", key=lambda code: round(spacing[code], 3))
+            d[key] = _oriented(d[key], {"S": "RAS", "A": "RSA", "R": "ASR"}[thick])
+            self.push_transform(d, key, extra_info={"axcodes": "".join(before)})
+        return d
+
+    def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d: dict = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = _oriented(d[key], self.pop_transform(d, key)["extra_info"]["axcodes"])
+        return d
+
+
 class UpsampleInPlaned(MapTransform):
     """Interpolate each axial slice to a finer grid; the affine follows, so nothing moves.
 
@@ -310,6 +374,40 @@ class Refinement:
             sides = " x ".join(f"{float(s):.4g}" for s in image.pixdim[:2])
             raise InputError(f"{name_of(image)}: spacing {self.spacing[0]:g} x {self.spacing[1]:g} mm asked for, but voxels are {sides} mm already")
         return max(x, 1.0), max(y, 1.0)
+
+
+class UpsampleToIsotropicd(MapTransform):
+    """Interpolate a volume of thick slices to voxels of one size along all axes; the affine follows, so nothing moves.
+
+    Args:
+        keys: volumes (1, X, Y, Z), the slices across the last axis. ``meta["factor"]`` tells the factors.
+        spacing: voxel size in mm; ``None`` is the smallest of the volume's. An axis that is finer stays as it is.
+        given_key: where to keep the volume as it was given; ``None`` does not.
+    """
+
+    def __init__(self, keys: KeysCollection, spacing: float | None = None, given_key: str | None = None) -> None:
+        super().__init__(keys)
+        self.refinement, self.given_key = IsotropicRefinement(spacing), given_key
+
+    __call__ = UpsampleInPlaned.__call__
+
+
+class IsotropicRefinement:
+    """How much finer the grid of a volume is to be along each axis. Arguments as of :class:`UpsampleToIsotropicd`."""
+
+    def __init__(self, spacing: float | None = None) -> None:
+        if spacing is not None and not (type(spacing) in (int, float) and 0 < spacing < math.inf):
+            raise InputError(f"spacing must be a positive number in mm, got {spacing!r}")
+        self.spacing = spacing
+
+    def __call__(self, image: MetaTensor) -> tuple[float, ...]:
+        given = [float(s) for s in image.pixdim]
+        wanted = self.spacing or min(given)
+        factors = [round(s / wanted, 6) for s in given]
+        if max(factors) < 1 - 1e-3:
+            sides = " x ".join(f"{s:.4g}" for s in given)
+            raise InputError(f"{name_of(image)}: spacing {wanted:g} mm asked for, but voxels are {sides} mm already")
+        return tuple(max(f, 1.0) for f in factors)
 
 
 class SaveVolumed(MapTransform):
@@ -377,11 +475,15 @@ class CompareWithTrainingd(MapTransform):
         keys: volumes (1, X, Y, Z) with scaled intensities, before they are refined.
         ranges: JSON file of :func:`bundle.ranges.measure`; where there is none, nothing is compared.
         factor, spacing: of the refinement to come, see :class:`UpsampleInPlaned`.
+        isotropic: whether it is that of :class:`UpsampleToIsotropicd`, which ``factor`` does not concern.
     """
 
-    def __init__(self, keys: KeysCollection, ranges: str | None = None, factor: Factor = 1, spacing: Factor | None = None) -> None:
+    def __init__(
+        self, keys: KeysCollection, ranges: str | None = None, factor: Factor = 1, spacing: Any = None, isotropic: bool = False
+    ) -> None:
         super().__init__(keys)
-        self.refinement, self.ranges = Refinement(factor, spacing), read_ranges(ranges)
+        self.refinement: Any = IsotropicRefinement(spacing) if isotropic else Refinement(factor, spacing)
+        self.ranges = read_ranges(ranges)
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         d = dict(data)
@@ -415,6 +517,8 @@ class Consistencyd(MapTransform):
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         given = torch.as_tensor(data[self.given_key]).float().cpu().movedim(-1, 0)
         factors = [float(f) for f in data[self.keys[0]].meta["factor"]]
+        if len(factors) > 2:
+            data = {**data, **{key: acquire_slices(data[key].as_tensor().float().cpu(), factors[2], "box") for key in self.keys}}
         values = {}
         for name, key in zip(("interpolated", "result"), self.keys):
             slices = data[key].as_tensor().movedim(-1, 0)
@@ -554,10 +658,15 @@ def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
     return remarks
 
 
-def _refined(image: MetaTensor, factors: tuple[float, float]) -> MetaTensor:
-    """Volume (1, X, Y, Z) on the finer grid, in the same place: the centre of refined voxel i lies at the given (i + 0.5) / factor - 0.5."""
-    voxels = upsample(image.as_tensor().movedim(-1, 0), factors).movedim(0, -1).contiguous()
-    step = 1 / torch.tensor([*factors, 1, 1], dtype=torch.float64)
+def _refined(image: MetaTensor, factors: Sequence[float]) -> MetaTensor:
+    """Volume (1, X, Y, Z) on a grid finer along x and y, and z where there is a third factor, in the same place: the centre of refined
+    voxel i lies at the given (i + 0.5) / factor - 0.5."""
+    voxels = image.as_tensor()
+    if len(factors) > 2:  # first along the thick axis
+        voxels = upsample(voxels, (1, factors[2]))
+    voxels = upsample(voxels.movedim(-1, 0), factors[:2]).movedim(0, -1).contiguous()
+    step = torch.ones(4, dtype=torch.float64)
+    step[: len(factors)] /= torch.tensor(factors, dtype=torch.float64)
     to_given = torch.diag(step)
     to_given[:3, 3] = (step[:3] - 1) / 2
     refined = MetaTensor(voxels, meta=image.meta, applied_operations=image.applied_operations)
@@ -566,6 +675,12 @@ def _refined(image: MetaTensor, factors: tuple[float, float]) -> MetaTensor:
         refined.meta.pop(given, None)
     refined.meta["factor"] = list(factors)
     return refined
+
+
+def _oriented(image: MetaTensor, axcodes: str) -> MetaTensor:
+    turn = Orientation(axcodes=axcodes, labels=None)
+    with turn.trace_transform(False):
+        return turn(image)  # type: ignore[return-value]
 
 
 def _crop(image: MetaTensor, start: Sequence[int], end: Sequence[int]) -> MetaTensor:

@@ -17,7 +17,7 @@ class OrthogonalSlices(Inferer):
     """
 
     def __init__(self, batch_size: int = 1, progress: bool = False) -> None:
-        self.families = [SliceInferer((-1, -1), spatial_dim=axis, sw_batch_size=batch_size, progress=progress) for axis in (0, 1)]
+        self.families = [SliceInferer(roi_size=(-1, -1), spatial_dim=axis, sw_batch_size=batch_size, progress=progress) for axis in (0, 1)]
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args, **kwargs) -> torch.Tensor:  # type: ignore[override]
         """Volumes (N, 1, X, Y, Z) to the same shape."""

@@ -446,25 +446,26 @@ class SaveVolumed(MapTransform):
 
 
 class SaveComparisond(MapTransform):
-    """Write ``<name>_sr.png``: the middle axial slice of the interpolated input beside that of the result, and a part enlarged.
+    """Write ``<name>_sr.png``: the middle plane of the interpolated input beside that of the result, and a part enlarged.
 
     Args:
         keys: the interpolated input and the result, each (1, X, Y, Z) in [0, 1] on one grid.
         output_dir, root: as of :class:`SaveVolumed`.
+        across: axis that the plane lies across: the last one, for axial slices, or 0 or 1.
     """
 
-    def __init__(self, keys: KeysCollection, output_dir: str, root: str) -> None:
+    def __init__(self, keys: KeysCollection, output_dir: str, root: str, across: int = 2) -> None:
         super().__init__(keys)
-        self.output_dir, self.root = output_dir, root
+        self.output_dir, self.root, self.across = output_dir, root, across
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> Mapping:
         before, after = (data[key] for key in self.keys)
-        middle = before.shape[-1] // 2
+        middle = before.shape[1 + self.across] // 2
         titles = ("input, interpolated", "super-resolved")
-        panels = [Panel(title, v.as_tensor()[0, ..., middle]) for title, v in zip(titles, (before, after))]
-        spacing = before.pixdim
+        panels = [Panel(title, v.as_tensor()[0].select(self.across, middle)) for title, v in zip(titles, (before, after))]
+        spacing = [float(s) for axis, s in enumerate(before.pixdim) if axis != self.across]
         path = result_path(name_of(before), self.output_dir, self.root, "_sr.png")
-        save_panels(path, panels, aspect=float(spacing[1] / spacing[0]), zoom=0.25)
+        save_panels(path, panels, aspect=spacing[1] / spacing[0], zoom=0.25)
         return data
 
 
@@ -517,12 +518,13 @@ class Consistencyd(MapTransform):
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         given = torch.as_tensor(data[self.given_key]).float().cpu().movedim(-1, 0)
         factors = [float(f) for f in data[self.keys[0]].meta["factor"]]
-        if len(factors) > 2:
-            data = {**data, **{key: acquire_slices(data[key].as_tensor().float().cpu(), factors[2], "box") for key in self.keys}}
         values = {}
         for name, key in zip(("interpolated", "result"), self.keys):
-            slices = data[key].as_tensor().movedim(-1, 0)
-            error = sum(float((downsample(s.float().cpu(), factors) - g).square().sum()) for s, g in zip(slices, given))
+            volume = data[key].as_tensor()
+            if len(factors) > 2:  # the slice profile is not known: a box without gaps
+                volume = acquire_slices(volume, factors[2], "box")
+            slices = volume.movedim(-1, 0)
+            error = sum(float((downsample(s.float().cpu(), factors[:2]) - g).square().sum()) for s, g in zip(slices, given))
             values[name] = round(-10 * math.log10(max(error / given.numel(), 1e-20)), 2)
         logger.info("%s: degraded again, the result agrees with the input to %.2f dB", name_of(data[self.keys[-1]]), values["result"])
         return {**data, "consistency": values}

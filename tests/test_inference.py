@@ -16,9 +16,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import toy
+import torch
 from PIL import Image
 
 from bundle.errors import reason
+from bundle.inferers import OrthogonalSlices
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "inference.json")
@@ -37,10 +39,11 @@ def infer(checkpoints, tmp_path, monkeypatch):
     """``infer(dataset_dir, overrides)``: run ``configs/inference.json`` in this process; returns the output folder."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # restored afterwards
 
-    def run(dataset_dir, weights="random", output_dir=None, **overrides):
+    def run(dataset_dir, weights="random", output_dir=None, overlays=(), **overrides):
         output_dir = Path(output_dir or tmp_path / "out")
         given = {"checkpoint": checkpoints[weights], "device": "$torch.device('cpu')", **toy.TINY_OVERRIDES, **overrides}
-        monai.bundle.run(config_file=CONFIG, dataset_dir=str(dataset_dir), output_dir=str(output_dir), **given)
+        files = [CONFIG, *(str(ROOT / "configs" / f"{overlay}.json") for overlay in overlays)]
+        monai.bundle.run(config_file=files, dataset_dir=str(dataset_dir), output_dir=str(output_dir), **given)
         return output_dir
 
     return run
@@ -181,6 +184,57 @@ class TestGeometryAndIntensity:
         after = nib.load(infer(path, "untrained") / "a_sr.nii.gz")
         assert after.shape == (40, 44, 1)
         np.testing.assert_allclose(after.get_fdata(), bicubic(toy.head((20, 22, 1)), 2), atol=0.01)
+
+
+class TestThickSlices:
+    # how it is stored, spacing along R, A and S; slices are axial, coronal, sagittal; some are coarse or not square in-plane too
+    VOLUMES = {  # noqa: RUF012
+        "axial": ("LPS", (1, 1, 4), {}, (1, 1, 1)),
+        "coronal": ("RSA", (1, 3.3, 1), {}, (1, 1, 1)),
+        "sagittal": ("PIR", (5, 0.9, 1.2), {}, (0.9, 0.9, 0.9)),
+        "coarse": ("RAS", (1.6, 1.6, 4), {"spacing": 0.8}, (0.8, 0.8, 0.8)),
+        "fine in-plane": ("ASR", (2, 0.5, 0.7), {"spacing": 1}, (1, 0.5, 0.7)),
+    }
+
+    @pytest.mark.parametrize("name", VOLUMES)
+    def test_voxels_become_as_small_along_every_axis_and_nothing_moves(self, name, infer, tmp_path):
+        axcodes, spacing, options, expected = self.VOLUMES[name]
+        shape, to_world = (9, 10, 11), toy.affine(spacing, (12, -7, 9))
+        index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+
+        def intensity(points):
+            return points @ [2.0, -1.0, 1.5] + 500
+
+        linear = intensity(nib.affines.apply_affine(to_world, index))
+        path = toy.write_nifti(tmp_path / "a.nii.gz", *toy.stored_as(axcodes, linear, to_world))
+        tiny = {"network_def::_target_": "bundle.networks.MultiScaleResidualNet"}
+        out = infer(path, "untrained", overlays=["isotropic"], **tiny, **options)
+        assert nib.aff2axcodes(nib.load(out / "a_sr.nii.gz").affine) == tuple(axcodes)
+        before, after = canonical(path), canonical(out / "a_sr.nii.gz")
+        np.testing.assert_allclose(after.header.get_zooms(), expected, rtol=1e-5)
+        factors = np.array(spacing) / expected
+        assert after.shape == tuple(np.floor(factors * shape + 0.01))
+        index = np.stack(np.meshgrid(*map(np.arange, after.shape), indexing="ij"), -1)
+        given_index = (index + 0.5) / factors - 0.5
+        points = nib.affines.apply_affine(before.affine, given_index)
+        np.testing.assert_allclose(nib.affines.apply_affine(after.affine, index), points, atol=1e-4)
+        inner = np.all((given_index >= 2) & (given_index <= np.array(shape) - 3), -1)
+        assert inner.any()
+        np.testing.assert_allclose(after.get_fdata()[inner], intensity(points)[inner], atol=0.02)
+        assert files_below(out) == ["a_sr.json", "a_sr.nii.gz", "a_sr.png"]
+        assert json.loads((out / "a_sr.json").read_text())["consistency_db"]["result"] > 25
+
+    def test_network_sees_the_two_families_of_planes_with_the_thick_axis(self):
+        seen = []
+
+        def network(planes):
+            seen.append(planes.shape[2:])
+            return planes + len(seen) // 5  # 4 planes of the first family, then 5 of the second
+
+        result = OrthogonalSlices()(torch.zeros(1, 1, 4, 5, 6), network)
+        assert seen == [(5, 6)] * 4 + [(4, 6)] * 5
+        first, second = torch.tensor([0.0, 0, 0, 0]), torch.tensor([1.0, 1, 1, 1, 1])
+        torch.testing.assert_close(result[0, 0, ..., 0], (first[:, None] + second) / 2)
 
 
 class TestFormatsAndNames:

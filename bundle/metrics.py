@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from monai.metrics import CumulativeIterationMetric
 from monai.metrics.regression import compute_ssim_and_cs
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-__all__ = ["SliceMetric", "psnr", "ssim"]
+__all__ = ["SliceMetric", "psnr", "ssim", "volume_psnr", "volume_ssim"]
 
 FOREGROUND = 0.05  # intensity above which a pixel of the truth counts as foreground
 
@@ -47,6 +49,27 @@ def ssim(prediction: Tensor, target: Tensor, foreground: bool = False) -> Tensor
         raise ValueError(f"SSIM needs slices of 11 x 11 pixels or more, got {target.shape[-2]} x {target.shape[-1]}")
     similarity, _ = compute_ssim_and_cs(prediction, target, 2, kernel_size=(11, 11), kernel_sigma=(1.5, 1.5))
     return _mean(similarity, target[..., 5:-5, 5:-5], foreground)
+
+
+def volume_psnr(prediction: Tensor, target: Tensor, foreground: bool = False) -> float:
+    """:func:`psnr` of whole volumes (1, X, Y, Z)."""
+    return float(psnr(prediction[None].flatten(3), target[None].flatten(3), foreground))
+
+
+def volume_ssim(prediction: Tensor, target: Tensor) -> float:
+    """Structural similarity of volumes (1, X, Y, Z) with a window of 11x11x11 voxels; otherwise as :func:`ssim`."""
+    if min(target.shape[1:]) < 11:
+        raise ValueError(f"SSIM needs volumes of 11 voxels or more along each axis, got {tuple(target.shape[1:])}")
+
+    def smooth(volume: np.ndarray) -> np.ndarray:
+        return gaussian_filter(volume, 1.5, radius=5)[5:-5, 5:-5, 5:-5]
+
+    x, y = (volume[0].double().numpy() for volume in (prediction, target))
+    mean_x, mean_y = smooth(x), smooth(y)
+    variance_x, variance_y, covariance = smooth(x * x) - mean_x**2, smooth(y * y) - mean_y**2, smooth(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))
+    return float(similarity.mean())
 
 
 def _mean(values: Tensor, target: Tensor, foreground: bool) -> Tensor:

@@ -265,7 +265,7 @@ class ThickSlicesd(MapTransform):
     """Make the pair of thick slices: the volume becomes the target, its axial slices made thick and interpolated back the input.
 
     Args:
-        keys: the volume of thin slices (1, X, Y, Z); replaced.
+        keys: the volume of thin slices (1, X, Y, Z); replaced. ``meta["thickness"]`` tells the distance of the thick ones.
         target_key: where the volume of thin slices goes.
         thickness: distance of the thick slices in mm; an item's own ``"thickness"`` goes before it.
         profile, gap: see :func:`bundle.degradation.acquire_slices`.
@@ -281,8 +281,9 @@ class ThickSlicesd(MapTransform):
         d: dict = dict(data)
         for key in self.keys:
             d[self.target_key] = d[key]
-            factor = slice_factor(d[key], float(d.get("thickness", self.thickness)))
-            d[key] = MetaTensor(degrade_slices(d[key].as_tensor(), factor, self.profile, self.gap), meta=d[key].meta)
+            thickness = float(d.get("thickness", self.thickness))
+            degraded = degrade_slices(d[key].as_tensor(), slice_factor(d[key], thickness), self.profile, self.gap)
+            d[key] = MetaTensor(degraded, meta={**d[key].meta, "thickness": thickness})
         return d
 
 
@@ -372,7 +373,9 @@ class Refinement:
         x, y = (round(float(given) / wanted, 6) for given, wanted in zip(image.pixdim, self.spacing))  # of an affine in single precision
         if max(x, y) < 1 - 1e-3:
             sides = " x ".join(f"{float(s):.4g}" for s in image.pixdim[:2])
-            raise InputError(f"{name_of(image)}: spacing {self.spacing[0]:g} x {self.spacing[1]:g} mm asked for, but voxels are {sides} mm already")
+            raise InputError(
+                f"{name_of(image)}: spacing {self.spacing[0]:g} x {self.spacing[1]:g} mm asked for, but voxels are {sides} mm already"
+            )
         return max(x, 1.0), max(y, 1.0)
 
 

@@ -6,7 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
-from bundle.degradation import DEGRADATIONS, check_factor, degrade, downsample, refined_size, upsample
+from bundle.degradation import (
+    DEGRADATIONS,
+    PROFILES,
+    acquire_slices,
+    check_factor,
+    degrade,
+    degrade_slices,
+    downsample,
+    refined_size,
+    upsample,
+)
 
 FACTORS = (2, 3, 4)
 ANY_FACTORS = (*FACTORS, 1.5, 2.5, 2.718, (2, 3), (1, 2.5))
@@ -281,3 +291,43 @@ def test_bad_factor_is_named(function, factor):
 def test_bad_mode_is_named(function, mode):
     with pytest.raises(ValueError, match=f"mode must be one of .*, got {mode!r}"):
         function(noise(8, 8), 2, mode)
+
+
+def profile_weight(distance, width, profile):
+    return float(abs(distance) <= width / 2) if profile == "box" else math.exp(-4 * math.log(2) * (distance / width) ** 2)
+
+
+@pytest.mark.parametrize("gap", [0, 0.25])
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("factor", [2, 2.5, 6])
+def test_thick_slices_are_means_over_their_profile(factor, profile, gap):
+    """Against sums over a hundred points in each thin slice; full width at half maximum is the thickness."""
+    image = noise(30)
+    points = np.repeat(image.numpy(), 100)
+    places = (np.arange(len(points)) + 0.5) / 100 - 0.5
+    thick = acquire_slices(image[None], factor, profile, gap)[0]
+    assert len(thick) == math.ceil(30 / factor)
+    for j in range(1, len(thick) - 1):
+        centre = (j + 0.5) * factor - 0.5
+        near = np.abs(places - centre) < 2 * factor
+        if centre - 2 * factor < -0.5 or centre + 2 * factor > 29.5:
+            continue  # the profile would leave the volume
+        weights = np.array([profile_weight(p - centre, factor * (1 - gap), profile) for p in places[near]])
+        assert float(thick[j]) == pytest.approx((weights * points[near]).sum() / weights.sum(), abs=3e-3)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_thick_slices_stay_in_place(profile):
+    line = torch.arange(60.0, dtype=torch.float64).expand(3, 60)
+    for factor in (2, 2.5, 4, 5.37):
+        torch.testing.assert_close(degrade_slices(line, factor, profile)[:, 18:-18], line[:, 18:-18], atol=0.2, rtol=0)
+        flipped = degrade_slices(noise(2, int(factor * 10)).flip(-1), factor, profile)
+        if int(factor * 10) == factor * 10:
+            torch.testing.assert_close(flipped.flip(-1), degrade_slices(noise(2, int(factor * 10)), factor, profile))
+    torch.testing.assert_close(acquire_slices(torch.ones(2, 31), 4.3, profile, 0.2), torch.ones(2, 8))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [((0.5,), "factor"), ((2, "sinc"), "profile must be"), ((2, "box", 1), "gap must be")])
+def test_impossible_slices_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        acquire_slices(noise(3, 8), *arguments)

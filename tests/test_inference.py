@@ -15,8 +15,8 @@ import monai.bundle
 import nibabel as nib
 import numpy as np
 import pytest
-import toy
 import torch
+import toy
 from PIL import Image
 
 from bundle.errors import reason

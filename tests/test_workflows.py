@@ -10,15 +10,17 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 import toy
 from monai import bundle
 from PIL import Image
-from skimage.metrics import peak_signal_noise_ratio
+from scipy.ndimage import zoom as scipy_zoom
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from bundle.degradation import degrade
+from bundle.degradation import acquire_slices, degrade
 from bundle.errors import InputError, reason
 from bundle.handlers import Checkpoints
 
@@ -289,3 +291,39 @@ def test_training_is_tracked_by_mlflow(data, tmp_path):
     with sqlite3.connect(tmp_path / "mlruns.db") as database:
         keys = {key for (key,) in database.execute("SELECT DISTINCT key FROM metrics")}
     assert {"train_loss", "psnr", "ssim"} <= keys
+
+
+def test_a_network_for_any_factor_is_trained_and_evaluated_at_one(data, tmp_path):
+    run("train", "any_factor", dataset_dir=str(data), output_dir=str(tmp_path), **{**SMALL, "max_epochs": 1})
+    weights = str(tmp_path / "models" / "model.pt")
+    for scale in (1.5, [2, 3]):
+        out = tmp_path / str(scale)
+        run("train", "evaluate", dataset_dir=str(data), output_dir=str(out), checkpoint=weights, scale=scale, **SMALL)
+        summary = json.loads((out / "summary.json").read_text())
+        truth = nib.load(data / "sub-05.nii.gz").get_fdata(dtype=np.float32)
+        truth = torch.from_numpy(np.clip(truth / np.percentile(truth[truth > 0], 99.9), 0, 1)).movedim(-1, 0)
+        values = [peak_signal_noise_ratio(t.numpy(), degrade(t, scale).numpy(), data_range=1) for t in truth]
+        assert summary["overall"]["bicubic_psnr"]["mean"] == pytest.approx(np.mean(values), abs=1e-3)
+
+
+def test_thick_slices_are_trained_on_and_evaluated(tmp_path):
+    toy.write_subjects(tmp_path / "data", 5, (24, 22, 26))  # slices of 2 mm
+    options = {**SMALL, "dataset_dir": str(tmp_path / "data"), "max_epochs": 1, "thickness": 6}
+    run("train", "thick_slices", output_dir=str(tmp_path), **options)
+    out, weights = tmp_path / "evaluation", str(tmp_path / "models" / "model.pt")
+    files = ("train", "thick_slices", "evaluate", "evaluate_thick_slices")
+    run(*files, output_dir=str(out), checkpoint=weights, thicknesses=[4, 5], slice_profile="box", slice_gap=0.2, **options)
+    report = json.loads((out / "thick_slices.json").read_text())
+    assert (report["profile"], report["gap"]) == ("box", 0.2)
+    (volume,) = report["4 mm"]["volumes"]
+    truth = nib.load(volume).get_fdata(dtype=np.float32)
+    truth = torch.from_numpy(np.clip(truth / np.percentile(truth[truth > 0], 99.9), 0, 1))
+    thick = acquire_slices(truth, 2, "box", 0.2)
+    cubic = scipy_zoom(thick.numpy(), (1, 1, 2), order=3, mode="nearest", grid_mode=True)
+    values = report["4 mm"]["volumes"][volume]
+    assert values["cubic B-spline psnr"] == pytest.approx(peak_signal_noise_ratio(truth.numpy(), cubic, data_range=1), abs=1e-3)
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1}
+    assert values["cubic B-spline ssim"] == pytest.approx(structural_similarity(truth.numpy(), cubic, **window), abs=1e-5)
+    table = (out / "thick_slices.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| 4 mm", "| 5 mm"]
+    assert {f"{t}mm_{p}.png" for t in (4, 5) for p in ("axial", "coronal", "sagittal")} <= {path.name for path in out.iterdir()}

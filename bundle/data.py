@@ -250,15 +250,12 @@ class RandomFactor:
     """
 
     def __init__(self, factors: Sequence[float], mode: str = "bicubic", interpolation: str | None = None) -> None:
-        self.low, self.high = check_factor(factors)
-        if self.low > self.high:
-            raise InputError(f"factors must be the smallest and the largest, got {factors}")
-        self.mode, self.interpolation = mode, interpolation
-        self.margin = math.ceil(5 * self.high)  # Keys' kernel reaches 2 low-resolution pixels, on the way down and on the way up
+        self.factors, self.mode, self.interpolation = _ascending(factors), mode, interpolation
+        self.margin = math.ceil(5 * self.factors[1])  # Keys' kernel reaches 2 low-resolution pixels, on the way down and on the way up
 
     def __call__(self, image: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
         """Degraded image, (H, W) to the same shape."""
-        rows, columns = random.uniform(self.low, self.high, 2).tolist()
+        rows, columns = random.uniform(*self.factors, 2).tolist()
         return degrade(image, (rows, rows if random.integers(2) else columns), self.mode, self.interpolation)
 
 
@@ -267,28 +264,32 @@ class RandomSlices:
     drawn at random. Half of the patches have no gap; a quarter is coarser in the plane of the slices too.
 
     Args:
-        factors: the smallest and the largest distance of slices, in pixels.
+        across: the smallest and the largest distance of slices, in pixels.
+        in_plane: the smallest and the largest factor in the plane of the slices.
         largest_gap: as a fraction of the distance.
-        coarsest: the largest factor in the plane of the slices.
 
     Raises:
-        InputError: when ``factors`` are not two ascending numbers of at least 1.
+        InputError: when ``across`` or ``in_plane`` are not two ascending numbers of at least 1.
     """
 
-    def __init__(self, factors: Sequence[float], largest_gap: float = 0.3, coarsest: float = 2.0) -> None:
-        self.low, self.high = check_factor(factors)
-        if self.low > self.high:
-            raise InputError(f"factors must be the smallest and the largest, got {factors}")
-        self.largest_gap, self.coarsest = largest_gap, coarsest
-        self.margin = math.ceil(5 * self.high)
+    def __init__(self, across: Sequence[float], in_plane: Sequence[float] = (1, 2), largest_gap: float = 0.3) -> None:
+        self.across, self.in_plane, self.largest_gap = _ascending(across), _ascending(in_plane), largest_gap
+        self.margin = math.ceil(5 * self.across[1])
 
     def __call__(self, image: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
         """Degraded image, (H, W) to the same shape."""
         profile = PROFILES[random.integers(len(PROFILES))]
         gap = random.uniform(0, self.largest_gap) if random.integers(2) else 0.0
         if not random.integers(4):
-            image = degrade(image, (random.uniform(1, self.coarsest), 1.0))
-        return degrade_slices(image, random.uniform(self.low, self.high), profile, gap)
+            image = degrade(image, (random.uniform(*self.in_plane), 1.0))
+        return degrade_slices(image, random.uniform(*self.across), profile, gap)
+
+
+def _ascending(factors: Sequence[float]) -> tuple[float, float]:
+    low, high = check_factor(factors)
+    if low > high:
+        raise InputError(f"factors must be the smallest and the largest, got {factors}")
+    return low, high
 
 
 class EpochSampler(DistributedSampler):

@@ -86,18 +86,29 @@ def compare(statistics: Mapping[str, float], ranges: Mapping[str, list[float]], 
     return lines
 
 
-def measure(volumes: Iterable[Mapping], path: str | Path, key: str = "image", factors: Sequence[float] = (1, 1)) -> None:
+def measure(
+    volumes: Iterable[Mapping],
+    path: str | Path,
+    key: str = "image",
+    in_plane_factors: Sequence[float] = (1, 1),
+    across_factors: Sequence[float] = (1, 1),
+) -> None:
     """Write the range of every statistic over volumes: ``{"volumes": their number, "ranges": {name: [smallest, largest]}}``.
 
     Args:
         volumes: items with a volume as :func:`describe` takes it.
         path: of the JSON file.
         key: of the volume in an item.
-        factors: the smallest and the largest that the network is trained for.
+        in_plane_factors: the smallest and the largest that the network is trained for.
+        across_factors: the same across the slices. A network that is trained for such saw planes of any orientation: all axes then share
+            one range of spacings.
     """
     rows = [describe(item[key]) for item in volumes]
     ranges = {name: [float(f"{f(row[name] for row in rows):.6g}") for f in (min, max)] for name in STATISTICS}
-    ranges |= {name: [float(f) for f in factors] for name in STATISTICS if name.startswith("factor")}
+    ranges |= {f"factor_{axis}": [float(f) for f in (across_factors if axis == "z" else in_plane_factors)] for axis in "xyz"}
+    if max(across_factors) > 1:
+        spacings = [bound for axis in "xyz" for bound in ranges[f"spacing_{axis}"]]
+        ranges |= {f"spacing_{axis}": [min(spacings), max(spacings)] for axis in "xyz"}
     write_json(Path(path), {"volumes": len(rows), "ranges": ranges})
     logger.info("ranges of %d volumes in %s", len(rows), path)
 

@@ -372,10 +372,8 @@ class Refinement:
             return self.factors
         x, y = (round(float(given) / wanted, 6) for given, wanted in zip(image.pixdim, self.spacing))  # of an affine in single precision
         if max(x, y) < 1 - 1e-3:
-            sides = " x ".join(f"{float(s):.4g}" for s in image.pixdim[:2])
-            raise InputError(
-                f"{name_of(image)}: spacing {self.spacing[0]:g} x {self.spacing[1]:g} mm asked for, but voxels are {sides} mm already"
-            )
+            wanted, given = (" x ".join(f"{float(s):.4g}" for s in sides) for sides in (self.spacing, image.pixdim[:2]))
+            raise InputError(f"{name_of(image)}: spacing {wanted} mm asked for, but voxels are {given} mm already")
         return max(x, 1.0), max(y, 1.0)
 
 

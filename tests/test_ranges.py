@@ -12,7 +12,7 @@ import toy
 
 from bundle.degradation import downsample, upsample
 from bundle.errors import InputError
-from bundle.ranges import STATISTICS, compare, describe, read_ranges
+from bundle.ranges import STATISTICS, compare, describe, measure, read_ranges
 from bundle.transforms import LoadVolumed, ScaleIntensityByPercentiled
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -32,6 +32,7 @@ class TestDescribe:
         expected = {
             "factor_x": 2,
             "factor_y": 2,
+            "factor_z": 1,
             "spacing_x": 0.5,
             "spacing_y": 1,
             "spacing_z": 3,
@@ -45,8 +46,8 @@ class TestDescribe:
         assert found.keys() == STATISTICS.keys()
 
     def test_each_axis_has_a_factor_of_its_own(self, tmp_path):
-        found = statistics(toy.write_nifti(tmp_path / "a.nii.gz", to_world=toy.affine((1, 2, 3))), factor=(2.5, 4))
-        assert [found[f"{name}_{axis}"] for name in ("factor", "spacing") for axis in "xy"] == pytest.approx([2.5, 4, 0.4, 0.5])
+        found = statistics(toy.write_nifti(tmp_path / "a.nii.gz", to_world=toy.affine((1, 2, 3))), factor=(2.5, 4, 6))
+        assert [found[f"{name}_{axis}"] for name in ("factor", "spacing") for axis in "xyz"] == pytest.approx([2.5, 4, 6, 0.4, 0.5, 0.5])
 
     def test_units_do_not_matter(self, tmp_path):
         one, other = (statistics(toy.write_nifti(tmp_path / f"{u}.nii.gz", toy.head() * u)) for u in (1, 1000))
@@ -118,8 +119,17 @@ def test_ranges_are_those_of_the_training_subjects(trained):
     found = [statistics(trained / "data" / f"sub-{n:02d}.nii.gz") for n in (1, 2)]
     assert content["volumes"] == 2
     for name, (low, high) in content["ranges"].items():
-        expected = (2, 2) if name.startswith("factor") else sorted(f[name] for f in found)
+        factors = {"factor_x": (2, 2), "factor_y": (2, 2), "factor_z": (1, 1)}
+        expected = factors.get(name) or sorted(f[name] for f in found)
         assert (low, high) == pytest.approx(expected, rel=1e-5)
+
+
+def test_network_of_any_plane_has_one_range_of_spacings(tmp_path):
+    volumes = [LoadVolumed("image")({"image": str(toy.write_nifti(tmp_path / "a.nii.gz", to_world=toy.affine((0.8, 0.9, 1.2))))})]
+    measure(volumes, tmp_path / "model.json", in_plane_factors=(1, 2), across_factors=(1.5, 7))
+    ranges = read_ranges(tmp_path / "model.json")
+    assert [ranges[f"spacing_{axis}"] for axis in "xyz"] == [pytest.approx([0.8, 1.2], rel=1e-5)] * 3
+    assert [ranges[f"factor_{axis}"] for axis in "xyz"] == [[1, 2], [1, 2], [1.5, 7]]
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from scipy.ndimage import affine_transform
 from torch import Tensor
 
 from .errors import InputError
@@ -25,6 +27,7 @@ __all__ = [
     "degrade",
     "degrade_slices",
     "downsample",
+    "interpolate_slices",
     "refined_size",
     "upsample",
 ]
@@ -113,8 +116,26 @@ def acquire_slices(image: Tensor, factor: float, profile: str = "gaussian", gap:
 
 
 def degrade_slices(image: Tensor, factor: float, profile: str = "gaussian", gap: float = 0.0) -> Tensor:
-    """Thick slices interpolated back, (..., H, D) to the same shape. Arguments as of :func:`acquire_slices`."""
-    return _refine(acquire_slices(image, factor, profile, gap), list(image.shape[-2:]), (1, factor), "bicubic")
+    """Thick slices interpolated back, (..., D) to the same shape. Arguments as of :func:`acquire_slices`."""
+    return interpolate_slices(acquire_slices(image, factor, profile, gap), factor, image.shape[-1])
+
+
+def interpolate_slices(thick: Tensor, factor: float, size: int, order: int = 3) -> Tensor:
+    """B-spline interpolation across the last axis, (..., n) to (..., size); the geometry is that of :func:`upsample`.
+
+    Across few thick slices it comes closer than Keys' kernel.
+
+    Args:
+        thick: slices.
+        factor: distance of the slices, in voxels of the result.
+        size: of the last axis of the result.
+        order: 3 for the cubic spline, 1 for linear interpolation.
+    """
+    number = thick.shape[-1]
+    to_thick = {"matrix": [1, 1 / factor], "offset": [0, (1 / factor - 1) / 2], "output_shape": (number, size)}
+    # interpolation is linear in the slices: what it makes of each alone are the weights
+    weights = torch.from_numpy(affine_transform(np.eye(number), order=order, mode="nearest", **to_thick))
+    return thick @ weights.to(thick)
 
 
 def refined_size(side: int, factor: float) -> int:

@@ -14,10 +14,9 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import from_engine
-from scipy.ndimage import affine_transform
 from torch.nn.parallel import DistributedDataParallel
 
-from .degradation import acquire_slices
+from .degradation import acquire_slices, interpolate_slices
 from .errors import InputError, switch
 from .figures import Panel, save_panels
 from .files import write_json, write_whole
@@ -297,20 +296,6 @@ class ThickSlicesReport:
                 title = f"{method}\n{row[f'{method} psnr']:.2f} dB / {row[f'{method} ssim']:.4f}"
                 panels.append(Panel(title, image, error=(image - shown).abs()))
             save_panels(self.output_dir / f"{row['thickness']:g}mm_{plane}.png", panels, aspect=height / width, zoom=0.3)
-
-
-def interpolate_slices(thick: torch.Tensor, factor: float, size: int, order: int) -> torch.Tensor:
-    """B-spline interpolation across the last axis, (..., n) to (..., size), by SciPy: what the network is compared with.
-
-    Args:
-        thick: slices of :func:`bundle.degradation.acquire_slices`.
-        factor: that they were made with.
-        size: number of thin slices.
-        order: 1 for linear, 3 for cubic.
-    """
-    flat = thick.reshape(-1, thick.shape[-1]).numpy()
-    to_thick = {"matrix": [1, 1 / factor], "offset": [0, (1 / factor - 1) / 2], "output_shape": (len(flat), size)}
-    return torch.from_numpy(affine_transform(flat, order=order, mode="nearest", **to_thick)).reshape(*thick.shape[:-1], size)
 
 
 def _mean_and_spread(values: list[float]) -> dict[str, float]:

@@ -21,7 +21,17 @@ from monai.data import ImageReader, ITKReader, MetaTensor
 from . import version
 from monai.transforms import InvertibleTransform, LoadImage, MapTransform, Orientation, SpatialCrop
 
-from .degradation import Factor, acquire_slices, check_factor, degrade, degrade_slices, downsample, upsample
+from .degradation import (
+    Factor,
+    acquire_slices,
+    check_factor,
+    degrade,
+    degrade_slices,
+    downsample,
+    interpolate_slices,
+    refined_size,
+    upsample,
+)
 from .dicom import check_slices, find_series, modality
 from .errors import InputError, switch
 from .figures import Panel, save_panels
@@ -666,7 +676,7 @@ def _refined(image: MetaTensor, factors: Sequence[float]) -> MetaTensor:
     voxel i lies at the given (i + 0.5) / factor - 0.5."""
     voxels = image.as_tensor()
     if len(factors) > 2:  # first along the thick axis
-        voxels = upsample(voxels, (1, factors[2]))
+        voxels = interpolate_slices(voxels, factors[2], refined_size(voxels.shape[-1], factors[2]))
     voxels = upsample(voxels.movedim(-1, 0), factors[:2]).movedim(0, -1).contiguous()
     step = torch.ones(4, dtype=torch.float64)
     step[: len(factors)] /= torch.tensor(factors, dtype=torch.float64)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.ndimage import map_coordinates, zoom
 
 from bundle.degradation import (
     DEGRADATIONS,
@@ -14,6 +15,7 @@ from bundle.degradation import (
     degrade,
     degrade_slices,
     downsample,
+    interpolate_slices,
     refined_size,
     upsample,
 )
@@ -325,6 +327,15 @@ def test_thick_slices_stay_in_place(profile):
         if int(factor * 10) == factor * 10:
             torch.testing.assert_close(flipped.flip(-1), degrade_slices(noise(2, int(factor * 10)), factor, profile))
     torch.testing.assert_close(acquire_slices(torch.ones(2, 31), 4.3, profile, 0.2), torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_interpolated_slices_are_those_of_scipy(order):
+    thick = noise(3, 4, 12)
+    expected = zoom(thick.numpy(), (1, 1, 4), order=order, mode="nearest", grid_mode=True)
+    np.testing.assert_allclose(interpolate_slices(thick, 4, 48, order), expected, atol=1e-6)
+    expected = map_coordinates(thick[0, 0].numpy(), [(np.arange(42) + 0.5) / 3.5 - 0.5], order=order, mode="nearest")
+    np.testing.assert_allclose(interpolate_slices(thick, 3.5, 42, order)[0, 0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [((0.5,), "factor"), ((2, "sinc"), "profile must be"), ((2, "box", 1), "gap must be")])

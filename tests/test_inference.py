@@ -199,7 +199,7 @@ class TestThickSlices:
     @pytest.mark.parametrize("name", VOLUMES)
     def test_voxels_become_as_small_along_every_axis_and_nothing_moves(self, name, infer, tmp_path):
         axcodes, spacing, options, expected = self.VOLUMES[name]
-        shape, to_world = (9, 10, 11), toy.affine(spacing, (12, -7, 9))
+        shape, to_world = (15, 16, 14), toy.affine(spacing, (12, -7, 9))
         index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
 
         def intensity(points):
@@ -218,9 +218,9 @@ class TestThickSlices:
         given_index = (index + 0.5) / factors - 0.5
         points = nib.affines.apply_affine(before.affine, given_index)
         np.testing.assert_allclose(nib.affines.apply_affine(after.affine, index), points, atol=1e-4)
-        inner = np.all((given_index >= 2) & (given_index <= np.array(shape) - 3), -1)
+        inner = np.all((given_index >= 5) & (given_index <= np.array(shape) - 6), -1)  # a spline feels the borders from afar
         assert inner.any()
-        np.testing.assert_allclose(after.get_fdata()[inner], intensity(points)[inner], atol=0.02)
+        np.testing.assert_allclose(after.get_fdata()[inner], intensity(points)[inner], atol=0.05)
         assert files_below(out) == ["a_sr.json", "a_sr.nii.gz", "a_sr.png"]
         assert json.loads((out / "a_sr.json").read_text())["consistency_db"]["result"] > 25
 

@@ -21,5 +21,5 @@ class OrthogonalSlices(Inferer):
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args, **kwargs) -> torch.Tensor:  # type: ignore[override]
         """Volumes (N, 1, X, Y, Z) to the same shape."""
-        first, second = (family(inputs, network, *args, **kwargs) for family in self.families)
-        return (first + second) / 2  # type: ignore[operator]
+        first, second = (torch.as_tensor(family(inputs, network, *args, **kwargs)) for family in self.families)
+        return (first + second) / 2

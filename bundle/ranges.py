@@ -40,13 +40,15 @@ def describe(image: MetaTensor, factor: Factor = 1) -> dict[str, float]:
 
     Args:
         image: (1, X, Y, Z), RAS, intensities scaled by :class:`bundle.transforms.ScaleIntensityByPercentiled`, not clipped.
-        factor: of the in-plane refinement, of both axes or along x and along y, because the network works on the refined grid.
+        factor: of the refinement, because the network works on the refined grid: in-plane, of both axes or along x and along y, or
+            along all three axes.
 
     Returns:
         a value for every key of ``STATISTICS``.
     """
-    *in_plane, across = (*factor, 1)[:3] if isinstance(factor, Sequence) and len(factor) > 1 else (factor, factor, 1)
-    factors, spacing = (*check_factor(in_plane), across), [float(s) for s in image.pixdim]
+    of_three = isinstance(factor, Sequence) and len(factor) == 3
+    factors = tuple(factor) if of_three else (*check_factor(factor), 1)  # type: ignore[arg-type]
+    spacing = [float(s) for s in image.pixdim]
     voxels = image.as_tensor().flatten()
     foreground = voxels[voxels > FOREGROUND].double()
     if not len(foreground):  # negative values only

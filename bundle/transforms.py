@@ -367,10 +367,10 @@ class Refinement:
 
     def __init__(self, factor: Factor = 2, spacing: Factor | None = None) -> None:
         self.factors = check_factor(factor)
-        pair = spacing if isinstance(spacing, Sequence) and not isinstance(spacing, str) else (spacing, spacing)
+        pair: Any = spacing if isinstance(spacing, Sequence) and not isinstance(spacing, str) else (spacing, spacing)
         if spacing is not None and (len(pair) != 2 or not all(type(s) in (int, float) and 0 < s < math.inf for s in pair)):
             raise InputError(f"spacing must be a positive number in mm, or two of them, got {spacing!r}")
-        self.spacing = None if spacing is None else pair
+        self.spacing: tuple[float, float] | None = None if spacing is None else tuple(pair)  # type: ignore[assignment]
 
     def __call__(self, image: MetaTensor) -> tuple[float, float]:
         """Factors along x and y; an axis that is finer than the spacing wanted stays as it is.

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import ImageReader, ITKReader, MetaTensor
-from . import version
 from monai.transforms import InvertibleTransform, LoadImage, MapTransform, Orientation, SpatialCrop
+from pydicom.misc import is_dicom
 
+from . import version
 from .degradation import (
     Factor,
     acquire_slices,
@@ -559,14 +560,16 @@ class SaveHtmlReportd(MapTransform):
         self.given_key, self.report = given_key, switch("report", report)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping:
-        before, after = (data[key] for key in self.keys)
+        turned = data[self.keys[0]]
+        before, after = (_oriented(data[key], "RAS") for key in self.keys)
         path = result_path(name_of(before), self.output_dir, self.root, "_sr.html")
         if not self.report:
             path.unlink(missing_ok=True)
             return data
         report = json.loads(before.meta["report"])
-        sides = [" x ".join(str(n) for n in data[key].shape[1:]) for key in (self.given_key, self.keys[1])]
-        spacing = [" x ".join(f"{v:.4g}" for v in values) for values in (report["input_spacing"], before.pixdim.tolist())]
+        axes = [nib.aff2axcodes(turned.affine.numpy()).index(code) for code in "RAS"]
+        sides = [" x ".join(str(data[key].shape[1 + axis]) for axis in axes) for key in (self.given_key, self.keys[1])]
+        spacing = [" x ".join(f"{float(v[axis]):.4g}" for axis in axes) for v in (report["input_spacing"], turned.pixdim)]
         rows = [
             Row("Voxels, left-right x posterior-anterior x inferior-superior", *sides),
             Row("Spacing, mm", *spacing),

@@ -15,7 +15,7 @@ from .errors import switch
 
 __all__ = ["ForegroundInferer", "foreground_box"]
 
-BLOCK = 4  # pixels; a crop starts at a multiple of it, so that networks which unshuffle by 2 or 4 see the pixels grouped as in the whole slice
+BLOCK = 4  # pixels; boxes start at multiples, so that networks which unshuffle by 2 or 4 group the pixels as in the whole slice
 
 
 class ForegroundInferer(SliceInferer):

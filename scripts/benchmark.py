@@ -72,7 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="inference: weights; those of configs/inference.json if not given")
     parser.add_argument("--overlay", nargs="*", default=[], metavar="CONFIG", help="configs put on top, as configs/networks/vdsr.json")
     parser.add_argument("--batch_size", type=int, default=64, help="patches of 31 x 31 in a training step")
-    parser.add_argument("--slice", type=int, nargs=2, default=(184, 208), metavar=("X", "Y"), help="convolutions: size of the slice, in pixels")
+    parser.add_argument("--slice", type=int, nargs=2, default=(184, 208), metavar=("X", "Y"), help="convolutions: pixels of the slice")
     parser.add_argument("--features", type=int, default=128, help="convolutions: width of the network")
     given = parser.parse_args()
     if given.repeats < 1 or given.slices < 0 or given.batch_size < 1:
@@ -357,8 +357,8 @@ def training_table(s: dict) -> Iterator[str]:
     yield f"| step on a batch that is there | {rates['bare']:.2f} |"
     yield f"| step and data pipeline | {rates['with data']:.2f} |"
     yield f"| data pipeline alone | {rates['data alone']:.0f} |"
-    yield f"\nThe pipeline leaves {100 * s['pipeline']:.1f} % of the bare step's speed. The step does {s['gflops_per_patch']:.1f} GFLOP per patch,"
-    yield f"counted for direct convolutions: {100 * s['fraction_of_peak']:.0f} % of the machine's measured convolution peak ({s['peak_gflops']:.0f} GFLOP/s)."
+    yield f"\nThe pipeline leaves {100 * s['pipeline']:.1f} % of the bare step's speed. The step does {s['gflops_per_patch']:.1f} GFLOP per patch, counted"
+    yield f"for direct convolutions: {100 * s['fraction_of_peak']:.0f} % of the machine's convolution peak ({s['peak_gflops']:.0f} GFLOP/s, measured)."
     yield f"\n{s['network']}, batch {s['batch_size']}; {footer(s)}"
 
 
@@ -366,7 +366,8 @@ def growth_table(section: dict) -> Iterator[str]:
     yield "| of | number | seconds | peak memory, GB |\n|---|---|---|---|"
     for row in section["rows"]:
         yield f"| {row['of']} | {row['number']} | {row['seconds']:.1f} | {row['gigabytes']:.2f} |"
-    yield f"\n4 slices of 256×256 output pixels, 1 volume and 1 process where nothing else is said; memory of the largest process; {footer(section)}"
+    yield "\n4 slices of 256×256 output pixels, 1 volume, 1 process where nothing else is said; memory of the largest process;"
+    yield footer(section)
 
 
 def footer(section: dict) -> str:
@@ -392,7 +393,8 @@ def write_page(page: Path, known: dict) -> None:
         begin = f"<!-- {kind} -->"
         if begin not in text:
             raise InputError(f"{page}: no {begin} ... <!-- end --> to write the table into")
-        text = re.sub(f"{begin}.*?<!-- end -->", lambda _, k=kind, s=section, b=begin: f"{b}\n{markdown(k, s)}\n<!-- end -->", text, flags=re.S)
+        before, rest = text.split(begin, 1)
+        text = f"{before}{begin}\n{markdown(kind, section)}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
     write_whole(page, lambda path: path.write_text(text, encoding="utf-8"))
     if "growth" in known:
         draw_growth(known["growth"], page.parent / "figures" / "growth.png")

@@ -7,8 +7,8 @@ import monai.bundle
 import nibabel as nib
 import numpy as np
 import pytest
-import toy
 import torch
+import toy
 from monai.data import MetaTensor
 from monai.inferers import SliceInferer
 from torch import nn

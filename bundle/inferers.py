@@ -27,8 +27,8 @@ class ForegroundInferer(SliceInferer):
         skip_background: ``False`` computes every pixel, as MONAI's inferer does.
         threshold: blocks of 4 x 4 pixels whose mean magnitude exceeds it count as anatomy. 1 is the intensity scale; noise of the air lies
             at a few hundredths, and averages out over a block where it is isolated.
-        margin: pixels around the anatomy that are computed with it, rounded up to blocks, for the network's receptive field: the further away,
-            the less it matters. docs/performance.md has figures.
+        margin: pixels around the anatomy that are computed with it, rounded up to blocks, for the network's receptive field. What lies
+            further away matters less; docs/performance.md has figures.
         progress: whether to show a bar, which counts slices.
         kwargs: of :class:`monai.inferers.SliceInferer`. Its ``roi_size`` and ``sw_batch_size`` hold within a box.
 

@@ -335,7 +335,7 @@ def convolutions_table(section: dict) -> Iterator[str]:
         yield f"| {title} | {patches:.2f} | {seconds:.2f} |"
     (a, b), (c, d) = values
     yield f"| ratio | {c / a:.2f} | {b / d:.2f} |"
-    sizes = f"width {section['features']}, batch {section['batch_size']}, slices of {section['slice'][0]}×{section['slice'][1]}"
+    sizes = f"width {section['features']}, batch {section['batch_size']}, slices of {section['slice'][0]} x {section['slice'][1]}"
     yield f"\n{sizes}, float32; {footer(section)}"
 
 
@@ -343,7 +343,7 @@ def inference_table(sections: dict) -> Iterator[str]:
     yield "| volume | slices | naive, s | fast, s | ratio | PSNR interpolated, dB | naive, dB | fast, dB | difference, dB |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for s in sections.values():
-        slices = f"{s['slices']} of {s['of']}, {s['shape'][0]}×{s['shape'][1]}"
+        slices = f"{s['slices']} of {s['of']}, {s['shape'][0]} x {s['shape'][1]}"
         times = f"{s['seconds']['naive']:.2f} | {s['seconds']['fast']:.2f} | {s['ratio']:.2f}"
         decibels = " | ".join(f"{s['psnr'][way]:.3f}" for way in ("interpolated", "naive", "fast"))
         yield f"| {s['volume']} | {slices} | {times} | {decibels} | {s['difference_db']:+.4f} |"
@@ -366,7 +366,7 @@ def growth_table(section: dict) -> Iterator[str]:
     yield "| of | number | seconds | peak memory, GB |\n|---|---|---|---|"
     for row in section["rows"]:
         yield f"| {row['of']} | {row['number']} | {row['seconds']:.1f} | {row['gigabytes']:.2f} |"
-    yield "\n4 slices of 256×256 output pixels, 1 volume, 1 process where nothing else is said; memory of the largest process;"
+    yield "\n4 slices of 256 x 256 output pixels, 1 volume, 1 process where nothing else is said; memory of the largest process;"
     yield footer(section)
 
 

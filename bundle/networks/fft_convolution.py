@@ -94,7 +94,7 @@ def _cut(image: Tensor, margin: int) -> Tensor:
 
 
 def _join(tiles: Tensor, shape: Sequence[int]) -> Tensor:
-    """Place the tiles of a band of ``shape`` (N, ..., rows, columns, ..., ...) side by side: (h, w, tiles, C) -> (N, C, rows h, columns w)."""
+    """Place the tiles of a band, cut in the ``shape`` of :func:`_cut`, side by side: (h, w, tiles, C) -> (N, C, rows h, columns w)."""
     h, w, _, channels = tiles.shape
     batch, _, rows, columns = shape[:4]
     image = tiles.view(h, w, batch, rows, columns, channels).permute(2, 5, 3, 0, 4, 1)

@@ -358,7 +358,8 @@ def training_table(s: dict) -> Iterator[str]:
     yield f"| step and data pipeline | {rates['with data']:.2f} |"
     yield f"| data pipeline alone | {rates['data alone']:.0f} |"
     yield f"\nThe pipeline leaves {100 * s['pipeline']:.1f} % of the bare step's speed. The step does"
-    yield f"{s['gflops_per_patch']:.1f} GFLOP per patch, counted for direct convolutions: {100 * s['fraction_of_peak']:.0f} % of the peak that this machine reached in a convolution,"
+    yield f"{s['gflops_per_patch']:.1f} GFLOP per patch, counted for direct convolutions:"
+    yield f"{100 * s['fraction_of_peak']:.0f} % of the peak that this machine reached in a convolution,"
     yield f"{s['peak_gflops']:.0f} GFLOP/s."
     yield f"\n{s['network']}, batch {s['batch_size']}; {footer(s)}"
 

@@ -1,63 +1,115 @@
-"""Measure the convolution algorithms on this machine: patches per second in training, seconds per slice in inference.
+"""Measure speed and memory on this machine: one kind of measurement per call, medians of several runs, ratios from the same run.
 
-Prints a Markdown table with the machine and the versions, medians of several runs, and ratios from the same run.
+Without one of --inference, --training and --growth: the convolution algorithms. Prints Markdown, adds the figures to a JSON file and, with
+--page, writes all that is in it into a page (docs/performance.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import platform
+import re
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import monai
+import nibabel as nib
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from monai.bundle import ConfigParser
 from monai.utils import set_determinism
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from bundle.data import find_volumes
+from bundle.degradation import degrade
+from bundle.errors import InputError, report_in_one_line
+from bundle.files import write_json, write_whole
 from bundle.losses import PixelTVLoss
 from bundle.networks import MultiScaleResidualNet, prepare
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+SLICES = (4, 8, 16)  # of 256 x 256 output pixels
+SIDES = (128, 256, 384, 512)  # output pixels, 4 slices
+VOLUMES = (1, 2, 4)  # of 4 slices of 256 x 256 output pixels, by 1 process
+PROCESSES = (1, 2)  # for 4 such volumes
+MANY_SLICES = (4, 64, 256)  # of 512 x 512 output pixels, anatomy in 4: time is of no interest there, memory is
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement, after one to warm up")
-    parser.add_argument("--batch_size", type=int, default=64, help="patches of 31 x 31 in a training step")
-    parser.add_argument("--slice", type=int, nargs=2, default=(184, 208), metavar=("X", "Y"), help="size of the slice, in pixels")
-    parser.add_argument("--features", type=int, default=128, help="width of the network")
-    arguments = parser.parse_args()
+    given = arguments()
+    measure = next((f for option, f in MEASUREMENTS.items() if getattr(given, option)), measure_convolutions)
+    kind = measure.__name__.removeprefix("measure_")
+    known = json.loads(given.json.read_text()) if given.json.exists() else {}
+    result = {"machine": machine(), "repeats": given.repeats, **measure(given)}
+    # several volumes stand side by side, all else is measured anew
+    known[kind] = {**known.get(kind, {}), result["volume"]: result} if kind == "inference" else result
+    write_json(given.json, known)
+    print(f"\n{markdown(kind, {result['volume']: result} if kind == 'inference' else result)}\n\nfigures in {given.json}")
+    if given.page:
+        write_page(given.page, known)
 
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--inference", metavar="VOLUME", help="degrade this volume, super-resolve it the naive and the fast way, compare")
+    kind.add_argument("--training", metavar="FOLDER", help="training steps on these volumes, with and without loading data")
+    kind.add_argument("--growth", action="store_true", help="time and memory against slices, their size, volumes and processes")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement, after one to warm up; growth: after none")
+    parser.add_argument("--json", type=Path, default=Path("output/benchmark.json"), help="file that the figures are added to")
+    parser.add_argument("--page", type=Path, help="page whose tables are written anew from the JSON file")
+    parser.add_argument("--slices", type=int, default=12, help="inference: this many slices, evenly spaced over the volume; 0: all")
+    parser.add_argument("--scale", type=int, default=2, help="inference: factor of the degradation")
+    parser.add_argument("--checkpoint", help="inference: weights; those of configs/inference.json if not given")
+    parser.add_argument("--overlay", nargs="*", default=[], metavar="CONFIG", help="configs put on top, as configs/networks/vdsr.json")
+    parser.add_argument("--batch_size", type=int, default=64, help="patches of 31 x 31 in a training step")
+    parser.add_argument("--slice", type=int, nargs=2, default=(184, 208), metavar=("X", "Y"), help="convolutions: pixels of the slice")
+    parser.add_argument("--features", type=int, default=128, help="convolutions: width of the network")
+    given = parser.parse_args()
+    if given.repeats < 1 or given.slices < 0 or given.batch_size < 1:
+        parser.error("--repeats and --batch_size must be positive, --slices not negative")
+    return given
+
+
+# ---- the convolution algorithms
+
+
+def measure_convolutions(given: argparse.Namespace) -> dict:
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32; medians of {arguments.repeats} runs\n")
-    print("| convolutions | training, patches/s | inference, s per slice |")
-    print("|---|---|---|")
-    measured = []
+    rows = {}
     for title, fft in (("direct", False), ("frequency domain", True)):
         set_determinism(0)
-        network = prepare(MultiScaleResidualNet(features=arguments.features), device, fft_convolutions=fft)
-        step = median_seconds(training_step(network, arguments.batch_size, device), arguments.repeats)
-        slice_ = median_seconds(inference(network, arguments.slice, device), arguments.repeats)
-        measured.append((step, slice_))
-        print(f"| {title} | {arguments.batch_size / step:.2f} | {slice_:.2f} |", flush=True)
-    (a, b), (c, d) = measured
-    print(f"| ratio | {a / c:.2f} | {b / d:.2f} |")
+        network = prepare(MultiScaleResidualNet(features=given.features), device, fft_convolutions=fft)
+        step = median_seconds(training_step(network, given.batch_size, device), given.repeats)
+        slice_ = median_seconds(inference(network, given.slice, device), given.repeats)
+        rows[title] = {"patches_per_second": given.batch_size / step, "seconds_per_slice": slice_}
+    return {"features": given.features, "batch_size": given.batch_size, "slice": list(given.slice), "rows": rows}
 
 
-def training_step(network: torch.nn.Module, batch_size: int, device: torch.device) -> Callable[[], None]:
-    optimizer = torch.optim.Adam(network.parameters(), 1e-6)
-    loss_function = PixelTVLoss()
+def training_step(network: nn.Module, batch_size: int, device: torch.device) -> Callable[[], None]:
     x = torch.rand(batch_size, 1, 31, 31, device=device)
-    y = torch.rand_like(x)
+    return step_on(network, PixelTVLoss(), torch.optim.Adam(network.parameters(), 1e-6), x, torch.rand_like(x))
 
+
+def step_on(network: nn.Module, loss: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Callable[[], None]:
     def step() -> None:
         optimizer.zero_grad()
-        loss_function(network(x), y).backward()
+        loss(network(x), y).backward()
         optimizer.step()
 
     return step
 
 
-def inference(network: torch.nn.Module, size: tuple[int, int], device: torch.device) -> Callable[[], None]:
+def inference(network: nn.Module, size: tuple[int, int], device: torch.device) -> Callable[[], None]:
     x = torch.rand(1, 1, *size, device=device)
 
     @torch.inference_mode()
@@ -67,16 +119,293 @@ def inference(network: torch.nn.Module, size: tuple[int, int], device: torch.dev
     return infer
 
 
-def median_seconds(function: Callable[[], None], repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+# ---- inference of a volume
+
+
+def measure_inference(given: argparse.Namespace) -> dict:
+    volumes = find_volumes(given.inference)
+    if len(volumes) > 1:
+        raise InputError(f"{given.inference}: one volume expected, found {len(volumes)}")
+    ways = {
+        "naive": parsed("inference", given, fft_convolutions=False, skip_background=False, amp=False),
+        "fast": parsed("inference", given),
+    }
+    load, orient, scale = (ways["fast"].get_parsed_content(f"preprocessing::transforms::{n}") for n in range(3))
+    truth = scale(orient(load({"image": volumes[0]})))["image"].as_tensor()
+    depth = truth.shape[-1]
+    count = min(given.slices or depth, depth)
+    truth = truth[..., [int((n + 0.5) * depth / count) for n in range(count)]].contiguous()
+    image = degrade(truth.movedim(-1, 0), given.scale).movedim(0, -1)[None].contiguous()
+    infer = {name: inference_of(parser, image) for name, parser in ways.items()}
+    results = {name: run() for name, run in infer.items()}  # warms up
+    seconds: dict[str, list[float]] = {name: [] for name in infer}
+    for _ in range(given.repeats):  # in turns: what else the machine does meets both
+        for name, run in infer.items():
+            seconds[name].append(seconds_of(run))
+    psnr = {name: psnr_of(result[0], truth) for name, result in {"interpolated": image, **results}.items()}
+    times = {name: statistics.median(s) for name, s in seconds.items()}
+    return {
+        "volume": Path(given.inference).name, "shape": list(truth.shape[1:3]), "slices": count, "of": depth, "scale": given.scale,
+        "seconds": times, "ratio": times["naive"] / times["fast"], "psnr": psnr, "difference_db": psnr["fast"] - psnr["naive"],
+        "largest_difference": float((results["fast"] - results["naive"]).abs().max()), "amp": ways["fast"].get_parsed_content("amp"),
+        "network": type(ways["fast"].get_parsed_content("network_def")).__name__, "margin": infer_margin(ways["fast"]),
+    }  # fmt: skip
+
+
+def inference_of(parser: ConfigParser, image: Tensor) -> Callable[[], Tensor]:
+    """What the evaluator of ``configs/inference.json`` does with a batch."""
+    device, network, inferer = (parser.get_parsed_content(key) for key in ("device", "network", "inferer"))
+    handlers = parser.get_parsed_content("handlers")
+    if handlers:
+        state = torch.load(parser.get_parsed_content("checkpoint"), map_location=device, weights_only=True)
+        network.load_state_dict(state)
+    network.eval()
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        with torch.autocast(device.type, enabled=parser.get_parsed_content("amp")):
+            return inferer(image.to(device), network).float().cpu()
+
+    return run
+
+
+def infer_margin(parser: ConfigParser) -> int:
+    return parser.get_parsed_content("inferer").margin
+
+
+def psnr_of(result: Tensor, truth: Tensor) -> float:
+    """Of all slices together, peak 1."""
+    return float(-10 * torch.log10((result - truth).double().square().mean()))
+
+
+# ---- training
+
+
+def measure_training(given: argparse.Namespace) -> dict:
+    parser = parsed("train", given, dataset_dir=given.training, batch_size=given.batch_size, patches_per_volume=4 * given.batch_size)
+    device, network, loss, optimizer = (parser.get_parsed_content(key) for key in ("device", "network", "loss", "optimizer"))
+    network.train()
+    loader = parser.get_parsed_content("train::dataloader")
+
+    def batches() -> Iterator[dict]:
+        while True:
+            yield from loader
+
+    source = batches()
+    batch = next(source)  # fills the cache
+    x, y = (torch.as_tensor(batch[key]).to(device) for key in ("image", "label"))
+    bare = step_on(network, loss, optimizer, x, y)
+
+    def step_with_data() -> None:
+        batch = next(source)
+        x, y = (torch.as_tensor(batch[key]).to(device) for key in ("image", "label"))
+        step_on(network, loss, optimizer, x, y)()
+
+    seconds: dict[str, list[float]] = {"bare": [], "with data": [], "data alone": []}
+    for measured in range(given.repeats + 1):
+        for name, function in (("bare", bare), ("with data", step_with_data), ("data alone", lambda: next(source))):
+            duration = seconds_of(function)
+            if measured:
+                seconds[name].append(duration)
+    rates = {name: given.batch_size / statistics.median(s) for name, s in seconds.items()}
+    plain = parsed("train", given, dataset_dir=given.training).get_parsed_content("network_def").to("meta")
+    with FlopCounterMode(display=False) as counter:  # of the direct convolutions, whatever algorithm computes them
+        plain(torch.empty(1, 1, *x.shape[-2:], device="meta")).sum().backward()
+    flops = counter.get_total_flops()
+    peak = convolution_peak(device, given.repeats)
+    return {
+        "batch_size": given.batch_size, "patches_per_second": rates, "pipeline": rates["with data"] / rates["bare"],
+        "gflops_per_patch": flops / 1e9, "peak_gflops": peak / 1e9, "fraction_of_peak": rates["bare"] * flops / peak,
+        "network": type(plain).__name__,
+    }  # fmt: skip
+
+
+def convolution_peak(device: torch.device, repeats: int) -> float:
+    """Floating-point operations per second of the best direct float32 convolution: 128 channels, batch 16 of 62 x 62, kernels 3 to 7."""
+    x = torch.rand(16, 128, 62, 62, device=device)
+    best = 0.0
+    for kernel in (3, 5, 7):
+        convolution = nn.Conv2d(128, 128, kernel, padding=kernel // 2, device=device)
+        with torch.inference_mode():
+            duration = median_seconds(lambda c=convolution: c(x), repeats)
+        best = max(best, 2 * x.numel() * 128 * kernel**2 / duration)
+    return best
+
+
+# ---- growth
+
+
+def measure_growth(given: argparse.Namespace) -> dict:
+    """Times and peaks of whole runs of ``configs/inference.json``, the start of Python and of the libraries included."""
+    runs = [("slices", n, dict(slices=n)) for n in SLICES]
+    runs += [("side", n, dict(side=n)) for n in SIDES]
+    runs += [("volumes", n, dict(volumes=n)) for n in VOLUMES]
+    runs += [("processes", n, dict(volumes=VOLUMES[-1], processes=n)) for n in PROCESSES]
+    runs += [("slices of 512 x 512, anatomy in 4", n, dict(slices=n, side=512, filled=4)) for n in MANY_SLICES]
+    rows = []
+    for kind, n, options in runs:
+        measured = [whole_run(given, **options) for _ in range(given.repeats)]
+        seconds, gigabytes = (statistics.median(m[i] for m in measured) for i in (0, 1))
+        rows.append({"of": kind, "number": n, "seconds": seconds, "gigabytes": gigabytes})
+        print(f"{kind} {n}: {seconds:.1f} s, {gigabytes:.2f} GB", flush=True)
+    return {"rows": rows}
+
+
+def whole_run(
+    given: argparse.Namespace, slices: int = 4, side: int = 256, volumes: int = 1, processes: int = 1, filled: int | None = None
+) -> tuple[float, float]:
+    """Seconds, and the peak memory of the largest process in GB (10^9 bytes)."""
+    with tempfile.TemporaryDirectory() as folder:
+        for n in range(volumes):
+            nib.Nifti1Image(head(side // 2, slices, filled or slices), np.eye(4)).to_filename(Path(folder, f"{n}.nii"))
+        configs = ["inference", *(["multi_gpu_inference"] if processes > 1 else [])]
+        files = [str(CONFIGS / f"{name}.json") for name in configs] + given.overlay
+        launcher = ["torch.distributed.run", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
+        command = [sys.executable, "-m", *launcher, "monai.bundle", "run", "--config_file", str(files), "--dataset_dir", folder]
+        command += ["--output_dir", f"{folder}/out", *(["--checkpoint", given.checkpoint] if given.checkpoint else [])]
+        threads = str(max(1, torch.get_num_threads() // processes))
+        started = time.perf_counter()
+        with open(f"{folder}/log", "w+b") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": threads})
+            _, status, usage = os.wait4(process.pid, 0)  # of the process and those that it has waited for
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{Path(folder, 'log').read_text()[-2000:]}")
+        unit = 1 if sys.platform == "darwin" else 1024
+        return time.perf_counter() - started, usage.ru_maxrss * unit / 1e9
+
+
+def head(side: int, slices: int, filled: int) -> np.ndarray:
+    """Textured ellipse that covers half of each slice; zeros in those after the first ``filled``."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (side, side, slices)), indexing="ij")
+    texture = 0.7 + 0.2 * np.sin(20 * x + z) * np.sin(17 * y) + 0.02 * np.random.default_rng(0).standard_normal(x.shape)
+    array = 1000 * texture * ((x / 0.75) ** 2 + (y / 0.85) ** 2 < 1)
+    array[..., filled:] = 0
+    return array.astype(np.float32)
+
+
+# ---- shared
+
+
+def parsed(name: str, given: argparse.Namespace, **overrides) -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / f"{name}.json"), *given.overlay])
+    parser.read_meta(str(CONFIGS / "metadata.json"))
+    checkpoint = {"checkpoint": given.checkpoint} if given.checkpoint and name == "inference" else {}
+    quiet = {"inferer::progress": False} if name == "inference" else {}
+    parser.update({**checkpoint, **quiet, **overrides})
+    return parser
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+        name = f"{found.group(1) if found else platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, MONAI {monai.__version__}"
+    return f"{name}, {torch.get_num_threads()} threads, {versions}"
+
+
+def median_seconds(function: Callable[[], object], repeats: int) -> float:
+    return statistics.median([seconds_of(function) for _ in range(repeats + 1)][1:])
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# ---- what is printed, and stands in the page
+
+
+def markdown(kind: str, section: dict) -> str:
+    lines = list(TABLES[kind](section))
+    return "\n".join(lines)
+
+
+def convolutions_table(section: dict) -> Iterator[str]:
+    yield "| convolutions | training, patches/s | inference, s per slice |\n|---|---|---|"
+    values = [(row["patches_per_second"], row["seconds_per_slice"]) for row in section["rows"].values()]
+    for title, (patches, seconds) in zip(section["rows"], values):
+        yield f"| {title} | {patches:.2f} | {seconds:.2f} |"
+    (a, b), (c, d) = values
+    yield f"| ratio | {c / a:.2f} | {b / d:.2f} |"
+    sizes = f"width {section['features']}, batch {section['batch_size']}, slices of {section['slice'][0]} x {section['slice'][1]}"
+    yield f"\n{sizes}, float32; {footer(section)}"
+
+
+def inference_table(sections: dict) -> Iterator[str]:
+    yield "| volume | slices | naive, s | fast, s | ratio | PSNR interpolated, dB | naive, dB | fast, dB | difference, dB |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for s in sections.values():
+        slices = f"{s['slices']} of {s['of']}, {s['shape'][0]} x {s['shape'][1]}"
+        times = f"{s['seconds']['naive']:.2f} | {s['seconds']['fast']:.2f} | {s['ratio']:.2f}"
+        decibels = " | ".join(f"{s['psnr'][way]:.3f}" for way in ("interpolated", "naive", "fast"))
+        yield f"| {s['volume']} | {slices} | {times} | {decibels} | {s['difference_db']:+.4f} |"
+    footers = {f"{s['network']}, factor {s['scale']}, margin {s['margin']}; {footer(s)}" for s in sections.values()}
+    yield "\n" + "\n".join(sorted(footers))
+
+
+def training_table(s: dict) -> Iterator[str]:
+    rates = s["patches_per_second"]
+    yield "| | patches/s |\n|---|---|"
+    yield f"| step on a batch that is there | {rates['bare']:.2f} |"
+    yield f"| step and data pipeline | {rates['with data']:.2f} |"
+    yield f"| data pipeline alone | {rates['data alone']:.0f} |"
+    yield f"\nThe pipeline leaves {100 * s['pipeline']:.1f} % of the bare step's speed. The step does"
+    yield f"{s['gflops_per_patch']:.1f} GFLOP per patch, counted for direct convolutions:"
+    yield f"{100 * s['fraction_of_peak']:.0f} % of the peak that this machine reached in a convolution,"
+    yield f"{s['peak_gflops']:.0f} GFLOP/s."
+    yield f"\n{s['network']}, batch {s['batch_size']}; {footer(s)}"
+
+
+def growth_table(section: dict) -> Iterator[str]:
+    yield "| of | number | seconds | peak memory, GB |\n|---|---|---|---|"
+    for row in section["rows"]:
+        yield f"| {row['of']} | {row['number']} | {row['seconds']:.1f} | {row['gigabytes']:.2f} |"
+    yield "\n4 slices of 256 x 256 output pixels, 1 volume, 1 process where nothing else is said; memory of the largest process;"
+    yield footer(section)
+
+
+def footer(section: dict) -> str:
+    return f"{section['machine']}; medians of {section['repeats']} runs."
+
+
+def draw_growth(section: dict, path: Path) -> None:
+    kinds = list(dict.fromkeys(row["of"] for row in section["rows"]))
+    figure = Figure(figsize=(3 * len(kinds), 5), layout="constrained")
+    for column, kind in enumerate(kinds):
+        rows = [row for row in section["rows"] if row["of"] == kind]
+        for line, (key, label) in enumerate((("seconds", "seconds"), ("gigabytes", "peak memory, GB"))):
+            axes = figure.add_subplot(2, len(kinds), line * len(kinds) + column + 1)
+            axes.plot([row["number"] for row in rows], [row[key] for row in rows], "o-")
+            axes.set(xlabel=kind, ylim=(0, None), ylabel=label if column == 0 else None)
+    write_whole(path, figure.savefig)
+
+
+def write_page(page: Path, known: dict) -> None:
+    """Put every table of ``known`` between its marks in the page, and the plot beside it."""
+    text = page.read_text(encoding="utf-8")
+    for kind, section in known.items():
+        begin = f"<!-- {kind} -->"
+        if begin not in text:
+            raise InputError(f"{page}: no {begin} ... <!-- end --> to write the table into")
+        before, rest = text.split(begin, 1)
+        text = f"{before}{begin}\n{markdown(kind, section)}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    write_whole(page, lambda path: path.write_text(text, encoding="utf-8"))
+    if "growth" in known:
+        draw_growth(known["growth"], page.parent / "figures" / "growth.png")
+
+
+MEASUREMENTS = {"inference": measure_inference, "training": measure_training, "growth": measure_growth}
+TABLES = {"convolutions": convolutions_table, "inference": inference_table, "training": training_table, "growth": growth_table}
 
 
 if __name__ == "__main__":
+    report_in_one_line()
     main()

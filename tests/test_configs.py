@@ -64,7 +64,7 @@ def test_training_and_inference_agree():
     assert a[2] == {**b[2], "clip": True}
     slices = {"_target_": "bundle.transforms.AxialSlicesd", "keys": "image", "axial_slices": "@axial_slices"}
     assert slices in a and slices in b
-    for key in ("_target_", "roi_size", "spatial_dim"):
+    for key in ("roi_size", "spatial_dim"):
         assert train["validate"]["inferer"][key] == inference["inferer"][key]
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bundle.networks import FFTConv2d, MultiScaleResidualNet, prepare, use_fft_convolutions
+from bundle.networks import FFTConv2d, MultiScaleResidualNet, fft_convolution, prepare, use_fft_convolutions
 
 SIZES = [(31, 31), (70, 45), (1, 5), (32, 32), (33, 2), (2, 65)]  # one tile, 3 x 2 tiles, tiny, the largest tile, strips of tiles
 
@@ -63,6 +63,15 @@ def test_any_size_gives_the_result_of_conv2d(height, width, kernel):
     plain, fft = twins(2, 3, kernel, dtype=torch.float64)
     x = noise(2, 2, height, width, dtype=torch.float64)
     assert_same(results(fft, x), results(plain, x), 1e-10)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("size", [(130, 41), (65, 97)])
+def test_bands_of_a_large_slice_give_the_result_of_conv2d(size, batch, monkeypatch):
+    monkeypatch.setattr(fft_convolution, "MAX_PIXELS", 3000)
+    plain, fft = twins(3, 4, 7)
+    x = noise(batch, 3, *size)
+    assert_same(results(fft, x), results(plain, x))
 
 
 def test_convolution_may_have_no_bias():

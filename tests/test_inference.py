@@ -231,7 +231,7 @@ class TestThickSlices:
             seen.append(planes.shape[2:])
             return planes + len(seen) // 5  # 4 planes of the first family, then 5 of the second
 
-        result = OrthogonalSlices()(torch.zeros(1, 1, 4, 5, 6), network)
+        result = OrthogonalSlices(skip_background=False)(torch.zeros(1, 1, 4, 5, 6), network)
         assert seen == [(5, 6)] * 4 + [(4, 6)] * 5
         first, second = torch.tensor([0.0, 0, 0, 0]), torch.tensor([1.0, 1, 1, 1, 1])
         torch.testing.assert_close(result[0, 0, ..., 0], (first[:, None] + second) / 2)

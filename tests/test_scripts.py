@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,11 +35,67 @@ def test_demo_beats_bicubic_on_the_template(monkeypatch, tmp_path, capsys):
         assert picture.width > 900
 
 
-def test_benchmark_prints_a_row_for_each_algorithm(monkeypatch, capsys):
-    run(monkeypatch, "benchmark.py", "--repeats", "1", "--batch_size", "1", "--slice", "33", "40", "--features", "32")
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row.split("|")[1].strip() for row in rows[1:]] == ["direct", "frequency domain", "ratio"]
-    assert all(float(value) > 0 for row in rows[1:] for value in row.split("|")[2:4])
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path, capsys):
+    """``benchmark(*arguments)``: what ``benchmark.py`` prints, in lines, and its JSON file, with a tiny network in place of the default."""
+    overlay = tmp_path / "overlay.json"
+    overlay.write_text(json.dumps({"network_def": {"_target_": "bundle.networks.MultiScaleResidualNet", **toy.TINY}}))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+    def measure(*arguments: str) -> tuple[list[str], dict]:
+        run(monkeypatch, "benchmark.py", "--repeats", "1", "--json", str(tmp_path / "b.json"), "--overlay", str(overlay), *arguments)
+        return capsys.readouterr().out.splitlines(), json.loads((tmp_path / "b.json").read_text())
+
+    return measure
+
+
+def rows(lines: list[str]) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+
+
+def test_benchmark_prints_a_row_for_each_algorithm(benchmark):
+    lines, _ = benchmark("--batch_size", "1", "--slice", "33", "40", "--features", "32")
+    table = rows(lines)
+    assert [row[0] for row in table[1:]] == ["direct", "frequency domain", "ratio"]
+    assert all(float(value) > 0 for row in table[1:] for value in row[1:3])
+
+
+def test_benchmark_compares_the_fast_way_with_the_naive_one(benchmark, tmp_path):
+    array = np.zeros((60, 64, 6), np.float32)
+    array[20:40, 22:40] = toy.head((20, 18, 6)) + 100
+    scan = toy.write_nifti(tmp_path / "scan.nii.gz", array)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- inference -->\nold\n<!-- end -->\nafter\n")
+    checkpoint = str(toy.save_checkpoint(tmp_path / "tiny.pt"))
+    _, known = benchmark("--inference", str(scan), "--slices", "3", "--checkpoint", checkpoint, "--page", str(page))
+    found = known["inference"]["scan.nii.gz"]
+    assert found["slices"] == 3 and found["of"] == 6
+    assert found["ratio"] == pytest.approx(found["seconds"]["naive"] / found["seconds"]["fast"])
+    assert found["difference_db"] == pytest.approx(found["psnr"]["fast"] - found["psnr"]["naive"])
+    assert found["psnr"]["naive"] != found["psnr"]["interpolated"] and found["largest_difference"] > 0
+    text = page.read_text()
+    assert "old" not in text and text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
+    assert [row[0] for row in rows(text.splitlines())[1:]] == ["scan.nii.gz"]
+
+
+def test_benchmark_measures_training_with_and_without_its_data(benchmark, tmp_path):
+    toy.write_subjects(tmp_path / "data", 3)
+    lines, known = benchmark("--training", str(tmp_path / "data"), "--batch_size", "2")
+    found = known["training"]
+    rates = found["patches_per_second"]
+    assert found["pipeline"] == pytest.approx(rates["with data"] / rates["bare"])
+    assert 0 < found["fraction_of_peak"] < 1
+    assert [row[0] for row in rows(lines)[1:]] == ["step on a batch that is there", "step and data pipeline", "data pipeline alone"]
+
+
+def test_benchmark_measures_whole_runs(tmp_path):
+    module = runpy.run_path(str(SCRIPTS / "benchmark.py"))
+    overlay = tmp_path / "overlay.json"
+    overlay.write_text(json.dumps({"network_def": {"_target_": "bundle.networks.MultiScaleResidualNet", **toy.TINY}}))
+    given = SimpleNamespace(overlay=[str(overlay)], checkpoint=str(toy.save_checkpoint(tmp_path / "tiny.pt")))
+    seconds, gigabytes = module["whole_run"](given, slices=2, side=32)
+    assert seconds > 0.5
+    assert 0.1 < gigabytes < 2
 
 
 @pytest.fixture(scope="module")

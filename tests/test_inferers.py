@@ -1,0 +1,203 @@
+"""Inference where there is anatomy, against inference of whole slices."""
+
+import sys
+from pathlib import Path
+
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import toy
+from monai.data import MetaTensor
+from monai.inferers import SliceInferer
+from torch import nn
+from torch.nn import functional as F
+
+from bundle.errors import InputError
+from bundle.inferers import ForegroundInferer, foreground_box
+from bundle.networks import RCAN, MultiScaleResidualNet
+
+CONFIG = str(Path(__file__).parents[1] / "configs" / "inference.json")
+WHOLE = {"roi_size": (-1, -1), "spatial_dim": 2}
+
+
+def volume(shape=(57, 70, 4), empty=(0,)):
+    """Anatomy off the centre of the slices, on zeros; the slices ``empty`` hold none: (1, 1, X, Y, Z)."""
+    array = np.zeros(shape, np.float32)
+    x, y = shape[0] // 2, shape[1] // 3
+    array[5 : 5 + x, shape[1] - y - 9 : shape[1] - 9] = toy.head((x, y, shape[2]), peak=1)
+    array[..., list(empty)] = 0
+    return torch.from_numpy(array)[None, None]
+
+
+def random_network(network):
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=(parameter[0].numel() if parameter.ndim > 1 else 4) ** -0.5)
+    return network.eval()
+
+
+class Unshuffled(nn.Module):
+    """A network on a grid coarser by 4, of any slice: what does not fill a block is filled up."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.PixelShuffle(4))
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        padded = F.pad(x, (0, -width % 4, 0, -height % 4), mode="replicate")
+        return x + self.layers(padded)[..., :height, :width]
+
+
+def results(network, inputs, **arguments):
+    """Of the whole slices, and of the boxes around the anatomy."""
+    with torch.no_grad():
+        return SliceInferer(**WHOLE)(inputs, network), ForegroundInferer(**WHOLE, **arguments)(inputs, network)
+
+
+NETWORKS = {
+    "multi-scale": (lambda: MultiScaleResidualNet(**toy.TINY), 8),  # reaches 8 pixels
+    "unshuffled by 4": (Unshuffled, 8),  # 4 to 7
+}
+
+
+@pytest.mark.parametrize("shape", [(57, 70, 4), (64, 64, 3), (41, 90, 2)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_anatomy_is_as_in_whole_slices(name, shape):
+    make, margin = NETWORKS[name]
+    inputs, network = volume(shape), random_network(make())
+    whole, boxes = results(network, inputs, margin=margin)
+    anatomy = inputs > 0.1
+    assert anatomy.any()
+    assert (whole - inputs)[anatomy].abs().max() > 1e-3  # the network does something
+    torch.testing.assert_close(boxes[anatomy], whole[anatomy], rtol=0, atol=1e-6)
+
+
+def test_only_the_box_around_the_anatomy_is_computed():
+    seen = []
+
+    def network(x):
+        seen.append(tuple(x.shape))
+        return x + 1
+
+    inputs = torch.zeros(1, 1, 60, 61, 5)
+    inputs[..., 20:30, 40:61, 1] = 0.5
+    inputs[..., 1, 1, 3] = 0.6  # a block of 4 x 4 then has a mean of 0.04
+    inputs[..., 30, 30, 4] = 0.3  # a speck of noise
+    outputs = ForegroundInferer(**WHOLE, margin=8)(inputs, network)
+    assert seen == [(1, 1, 28, 29), (1, 1, 12, 12)]
+    changed = outputs - inputs
+    assert changed[..., 12:40, 32:61, 1].min() == 1
+    assert changed[..., :12, :12, 3].min() == 1
+    assert changed.sum() == 28 * 29 + 12 * 12
+
+
+def test_empty_slices_are_not_computed_and_noise_is_kept():
+    inputs = 0.02 * torch.rand(1, 1, 33, 34, 3)
+    outputs = ForegroundInferer(**WHOLE)(inputs, lambda x: pytest.fail("no anatomy, nothing to compute"))
+    assert torch.equal(outputs, inputs)
+    assert outputs is not inputs
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 7, 1), (3, 2, 2), (5, 4, 1), (2, 33, 1)])
+def test_tiny_images(shape):
+    whole, boxes = results(random_network(MultiScaleResidualNet(**toy.TINY)), torch.rand(1, 1, *shape) + 0.1)
+    torch.testing.assert_close(boxes, whole)
+
+
+def test_receptive_field_may_be_larger_than_the_image():
+    network = random_network(RCAN(features=8, num_groups=2, num_blocks=2, reduction=4))  # sees all of it: averages over the image
+    inputs = volume((20, 19, 2), empty=()) + 0.1
+    whole, boxes = results(network, inputs)
+    torch.testing.assert_close(boxes, whole)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_slices_may_lie_along_any_axis(axis):
+    inputs, network = volume().movedim(-1, axis + 2), random_network(MultiScaleResidualNet(**toy.TINY))
+    result = ForegroundInferer(roi_size=(-1, -1), spatial_dim=axis)(inputs, network)
+    expected = ForegroundInferer(**WHOLE)(volume(), network).movedim(-1, axis + 2)
+    assert torch.equal(result, expected)
+
+
+def test_batches_share_the_boxes():
+    inputs, network = torch.cat([volume(), volume(empty=(0, 1)).flip(2)]), random_network(MultiScaleResidualNet(**toy.TINY))
+    whole, boxes = results(network, inputs)
+    anatomy = inputs > 0.1
+    torch.testing.assert_close(boxes[anatomy], whole[anatomy], rtol=0, atol=1e-6)
+
+
+def test_tiles_of_one_size_within_the_boxes():
+    sizes = set()
+
+    def engine(x):
+        sizes.add(tuple(x.shape[-2:]))
+        return x * 2
+
+    inputs = volume()
+    outputs = ForegroundInferer(roi_size=(16, 16), spatial_dim=2, sw_batch_size=3, mode="gaussian")(inputs, engine)
+    assert sizes == {(16, 16)}
+    torch.testing.assert_close(outputs[inputs > 0.1], 2 * inputs[inputs > 0.1])
+
+
+def test_meta_data_stay():
+    affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0]))
+    outputs = ForegroundInferer(**WHOLE)(MetaTensor(volume(), affine=affine), lambda x: x)
+    assert isinstance(outputs, MetaTensor)
+    assert torch.equal(outputs.affine.float(), affine)
+
+
+def test_half_precision_of_the_network_stays_inside_it():
+    outputs = ForegroundInferer(**WHOLE)(volume(), lambda x: x.bfloat16())
+    assert outputs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("skip_background", [False, "false", "False"])
+def test_switched_off_it_computes_every_pixel(skip_background):
+    inputs = volume()
+    outputs = ForegroundInferer(skip_background, **WHOLE)(inputs, lambda x: x + 1)
+    assert torch.equal(outputs, inputs + 1)
+
+
+def test_progress_counts_slices(capfd):
+    ForegroundInferer(**WHOLE, progress=True)(volume(), lambda x: x)
+    assert "4/4" in capfd.readouterr().err
+
+
+def test_impossible_arguments_are_refused():
+    with pytest.raises(InputError, match="skip_background must be true or false, got 'perhaps'"):
+        ForegroundInferer("perhaps", **WHOLE)
+    with pytest.raises(ValueError, match="-1"):
+        ForegroundInferer(**WHOLE, margin=-1)
+    with pytest.raises(ValueError, match=r"-0\.5"):
+        ForegroundInferer(**WHOLE, threshold=-0.5)
+
+
+def test_box_follows_the_anatomy():
+    image = volume()[..., 1]
+    rows, columns = foreground_box(image, 0.03, 0)
+    inside = torch.zeros_like(image, dtype=torch.bool)
+    inside[:, :, rows, columns] = True
+    assert inside[image > 0.5].all()
+    assert rows.start % 4 == columns.start % 4 == 0
+    assert float(inside.float().mean()) < 0.35
+
+
+def test_a_volume_is_super_resolved_as_without_skipping(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # restored afterwards
+    array = volume((40, 37, 5), empty=(0, 4))[0, 0].numpy() * 1000
+    scan = toy.write_nifti(tmp_path / "scan.nii.gz", array)
+    weights = toy.save_checkpoint(tmp_path / "tiny.pt")
+    found = {}
+    for way in ("true", "false"):
+        monai.bundle.run(
+            config_file=CONFIG, dataset_dir=str(scan), output_dir=str(tmp_path / way), checkpoint=str(weights),
+            device="$torch.device('cpu')", skip_background=way, **toy.TINY_OVERRIDES,
+        )  # fmt: skip
+        found[way] = nib.load(tmp_path / way / "scan_sr.nii.gz").get_fdata()
+    anatomy = np.kron(array > 100, np.ones((2, 2, 1))) > 0
+    np.testing.assert_allclose(found["true"][anatomy], found["false"][anatomy], atol=0.01)
+    assert np.abs(found["true"] - found["false"]).max() > 0.01  # what the network makes of the background
+    assert not found["true"][..., [0, 4]].any()

@@ -22,7 +22,10 @@ pytest.importorskip("monailabel", reason="docs/monai_label.md says how to instal
 import itk
 import psutil
 import requests
+import torch
 from monailabel.client import MONAILabelClient
+
+from bundle.networks import PixelShuffleResidualNet
 
 ROOT = Path(__file__).parents[1]
 MODEL = "super_resolution"
@@ -321,6 +324,20 @@ def test_a_site_fine_tunes_on_its_scans(tmp_path):
         assert_same(after, nib.load(tmp_path / "expected" / "scan0_sr.nii.gz"))
         assert server.next_sample()["id"] == "scan0_sr"  # made again, with the new weights
         assert_same(nib.load(studies / "scan0_sr.nii.gz"), after)
+
+
+def test_another_network_is_chosen_at_the_start(tmp_path):
+    scan = write_study(tmp_path / "studies", "scan")
+    bundle = copy_bundle(tmp_path / "copy")
+    torch.manual_seed(0)
+    network = PixelShuffleResidualNet()
+    torch.nn.init.normal_(network.reconstruct.weight, std=0.01)  # not the identity
+    (bundle / "models" / "fast").mkdir()
+    torch.save(network.state_dict(), bundle / "models" / "fast" / "model.pt")
+    with Server(tmp_path).running(str(bundle / "scripts" / "label_app" / "main.py"), "--conf", "network", "fast") as server:
+        configs = "['configs/inference.json','configs/networks/fast.json']"
+        run_bundle(server, tmp_path / "expected", config_file=configs, dataset_dir=scan)
+        assert_same(server.volume("scan"), nib.load(tmp_path / "expected" / "scan_sr.nii.gz"))
 
 
 def test_stock_app_returns_the_refined_grid(server, expected, tmp_path):

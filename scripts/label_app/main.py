@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,18 @@ logger = logging.getLogger(__name__)
 
 
 class SuperResolutionApp(MONAILabelApp):
-    """What the server loads."""
+    """What the server loads; ``--conf network fast`` chooses the network of ``configs/networks/fast.json``."""
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
-        self.fine_tuned = Path(app_dir) / "model" / "fine_tuned.pt"
-        self.task = SuperResolution(ROOT / "models" / "model.pt", self.fine_tuned)
+        network = conf.get("network")
+        known = sorted(path.stem for path in (CONFIGS / "networks").glob("*.json"))
+        if network is not None and network not in known:
+            raise InputError(f"network must be one of {', '.join(known)}, got {network!r}")
+        overlays = [str(CONFIGS / "networks" / f"{network}.json")] if network else []
+        parser = ConfigParser()
+        parser.read_config([str(CONFIGS / "inference.json"), *overlays])
+        self.fine_tuned = Path(app_dir) / "model" / (f"fine_tuned_{network}.pt" if network else "fine_tuned.pt")
+        self.task = SuperResolution(overlays, Path(parser.get_parsed_content("checkpoint")), self.fine_tuned)
         texts = {key: METADATA[key] for key in ("name", "description", "version")}
         super().__init__(app_dir, studies, conf, **texts)
 
@@ -88,14 +95,15 @@ class SuperResolution(InferTask):
     """Runs ``configs/inference.json``, so that a viewer gets what the command line writes.
 
     Args:
+        overlays: configs that choose another network.
         weights: files of weights, the last one that exists is used.
     """
 
-    def __init__(self, *weights: Path) -> None:
+    def __init__(self, overlays: Sequence[str], *weights: Path) -> None:
         # as a segmentation, the result would be loaded as a mask, in 8 bits
         config = {"device": device_list(), "scale": ["2", "1.5", "2.5", "3", "4"], "spacing": "", "axial_slices": ""}
         super().__init__(InferType.OTHERS, {}, 3, METADATA["description"], config)
-        self.weights = weights
+        self.overlays, self.weights = overlays, weights
 
     def is_valid(self) -> bool:
         return self.get_path() is not None
@@ -122,7 +130,7 @@ class SuperResolution(InferTask):
                     raise InputError(f"{request['image']}: one volume expected, found {len(volumes)}")
                 options = options_of(request)
                 run(
-                    config_file=str(CONFIGS / "inference.json"),
+                    config_file=[str(CONFIGS / "inference.json"), *self.overlays],
                     meta_file=str(CONFIGS / "metadata.json"),
                     logging_file=False,  # the server's stays
                     dataset_dir=volumes[0],
@@ -260,7 +268,7 @@ class FineTuning(TrainTask):
                 handler["exec_at_start"] = True  # what is no better than the start is not kept
         overrides = {"train::handlers": [start, *handlers]}
         run(
-            config_file=str(CONFIGS / "train.json"),
+            config_file=[str(CONFIGS / "train.json"), *self.task.overlays],
             meta_file=str(CONFIGS / "metadata.json"),
             logging_file=str(CONFIGS / "logging.conf"),
             output_dir=str(folder),

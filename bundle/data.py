@@ -195,11 +195,10 @@ class PatchDataset(Dataset):
         self.pairs = []
         for volume in volumes:
             pair = [torch.as_tensor(volume[key])[0] for key in (("image", "label") if degradation is None else ("label",))]
-            if min(pair[0].shape[: 3 if any_plane else 2]) < size:
-                raise InputError(
-                    f"{name_of(volume['label'])}: slices of {pair[0].shape[0]} x {pair[0].shape[1]} pixels "
-                    f"are smaller than a patch of {size} x {size}"
-                )
+            sides = pair[0].shape[: 3 if any_plane else 2]
+            if min(sides) < size:
+                pixels = " x ".join(map(str, sides))
+                raise InputError(f"{name_of(volume['label'])}: slices of {pixels} pixels are smaller than a patch of {size} x {size}")
             # slices first: a patch is then a small window of contiguous rows
             self.pairs.append(torch.stack(pair).as_subclass(torch.Tensor).permute(3, 0, 1, 2).contiguous())
         self.size, self.patches_per_volume, self.seed = size, patches_per_volume, seed

@@ -1,0 +1,47 @@
+"""Every workflow that README.md and docs/ tell to run, run as it stands there, on toy volumes and with a toy's settings."""
+
+import re
+import shlex
+from pathlib import Path
+
+import monai.bundle
+import pytest
+import toy
+from fire.parser import DefaultParseValue
+
+ROOT = Path(__file__).parents[1]
+ELSEWHERE = ("torchrun", "_export", "model.ts", "inference_onnx", "inference_trt", '--tv_weight 0"')  # test_workflows, test_export
+PAGES = ["README.md", "docs/README.md", "docs/factors_and_slices.md", "docs/fast_network.md", "docs/training.md"]
+SMALL = {"split": [2, 1, 2], "crop_size": [40, 36], "device": "$torch.device('cpu')"}
+SHORT = {"patch_size": 16, "patches_per_volume": 2, "batch_size": 2, "max_epochs": 1, "lr_milestones": [1], "val_interval": 1}
+
+
+def commands(page: str) -> list[dict]:
+    """Arguments of each ``python -m monai.bundle run`` of a page, in their order; of a loop, those of its first round."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S)).replace("\\\n", " ")
+    found = []
+    for line in blocks.splitlines():
+        if "-m monai.bundle run" in line and not any(word in line for word in ELSEWHERE):
+            words = shlex.split(line.split("monai.bundle run")[1].replace("$scale", "1.5"), comments=True)
+            found.append({key.removeprefix("--"): DefaultParseValue(value) for key, value in zip(words[::2], words[1::2])})
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_run_as_they_stand(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for n in range(1, 6):
+        toy.write_nifti(tmp_path / "DATA" / f"sub-{n}.nii.gz", toy.head((40, 36, 20), seed=n))
+    toy.write_nifti(tmp_path / "scan.nii.gz")
+    toy.write_nifti(tmp_path / "thick.nii.gz", to_world=toy.affine((1, 1, 4)))
+    arguments = commands(page)
+    assert arguments
+    for given in arguments:
+        configs, small = str(given["config_file"]), {}
+        if "configs/train.json" in configs:
+            small = SMALL if "evaluate" in configs or "measure_ranges" in configs else {**SMALL, **SHORT}
+            if "thick_slices" not in configs:  # whose protocol is whole volumes
+                small = {**small, "axial_slices": [2, 3]}
+        monai.bundle.run(logging_file=False, meta_file=str(ROOT / "configs" / "metadata.json"), **{**given, **small})
+        assert any((tmp_path / given["output_dir"]).rglob("*.*")), given

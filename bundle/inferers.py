@@ -28,7 +28,7 @@ class ForegroundInferer(SliceInferer):
         threshold: blocks of 4 x 4 pixels whose mean magnitude exceeds it count as anatomy. 1 is the intensity scale; noise of the air lies
             at a few hundredths, and averages out over a block where it is isolated.
         margin: pixels around the anatomy that are computed with it, rounded up to blocks, for the network's receptive field. What lies
-            further away matters less; docs/performance.md has figures.
+            further away matters less; docs/performance.md says how to measure it.
         progress: whether to show a bar, which counts slices.
         kwargs: of :class:`monai.inferers.SliceInferer`. Its ``roi_size`` and ``sw_batch_size`` hold within a box.
 

@@ -381,11 +381,8 @@ class Refinement:
         """
         if self.spacing is None:
             return self.factors
-        x, y = (round(float(given) / wanted, 6) for given, wanted in zip(image.pixdim, self.spacing))  # of an affine in single precision
-        if max(x, y) < 1 - 1e-3:
-            wanted, given = (" x ".join(f"{float(s):.4g}" for s in sides) for sides in (self.spacing, image.pixdim[:2]))
-            raise InputError(f"{name_of(image)}: spacing {wanted} mm asked for, but voxels are {given} mm already")
-        return max(x, 1.0), max(y, 1.0)
+        x, y = _factors_to(image, self.spacing, " x ".join(f"{side:.4g}" for side in self.spacing))
+        return x, y
 
 
 class UpsampleToIsotropicd(MapTransform):
@@ -413,13 +410,8 @@ class IsotropicRefinement:
         self.spacing = spacing
 
     def __call__(self, image: MetaTensor) -> tuple[float, ...]:
-        given = [float(s) for s in image.pixdim]
-        wanted = self.spacing or min(given)
-        factors = [round(s / wanted, 6) for s in given]
-        if max(factors) < 1 - 1e-3:
-            sides = " x ".join(f"{s:.4g}" for s in given)
-            raise InputError(f"{name_of(image)}: spacing {wanted:g} mm asked for, but voxels are {sides} mm already")
-        return tuple(max(f, 1.0) for f in factors)
+        wanted = self.spacing or float(min(image.pixdim))
+        return _factors_to(image, [wanted] * 3, f"{wanted:g}")
 
 
 class SaveVolumed(MapTransform):
@@ -672,6 +664,16 @@ def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
     image.meta["codes"] = [sform_code or qform_code or aligned, qform_code or sform_code or aligned]
     image.meta["unit"] = header.header.get_xyzt_units()[0]
     return remarks
+
+
+def _factors_to(image: MetaTensor, wanted: Sequence[float], text: str) -> tuple[float, ...]:
+    """Factors that bring the voxels to the sides wanted, in mm; an axis that is finer already stays as it is, and not all may be."""
+    given = [float(side) for side, _ in zip(image.pixdim, wanted)]
+    factors = [round(g / w, 6) for g, w in zip(given, wanted)]  # of an affine in single precision
+    if max(factors) < 1 - 1e-3:
+        sides = " x ".join(f"{side:.4g}" for side in given)
+        raise InputError(f"{name_of(image)}: spacing {text} mm asked for, but voxels are {sides} mm already")
+    return tuple(max(f, 1.0) for f in factors)
 
 
 def _refined(image: MetaTensor, factors: Sequence[float]) -> MetaTensor:

@@ -402,9 +402,16 @@ class UpsampleToIsotropicd(MapTransform):
 
 
 class IsotropicRefinement:
-    """How much finer the grid of a volume is to be along each axis. Arguments as of :class:`UpsampleToIsotropicd`."""
+    """How much finer the grid of a volume is to be along each axis.
 
-    def __init__(self, spacing: float | None = None) -> None:
+    Args:
+        spacing: as of :class:`UpsampleToIsotropicd`.
+        factor: anything but ``None`` is refused, instead of being ignored without a word.
+    """
+
+    def __init__(self, spacing: float | None = None, factor: Any = None) -> None:
+        if factor is not None:
+            raise InputError(f"scale is {factor!r}, but it is the spacing that says how large isotropic voxels are, in mm")
         if spacing is not None and not (type(spacing) in (int, float) and 0 < spacing < math.inf):
             raise InputError(f"spacing must be a positive number in mm, got {spacing!r}")
         self.spacing = spacing
@@ -480,14 +487,14 @@ class CompareWithTrainingd(MapTransform):
         keys: volumes (1, X, Y, Z) with scaled intensities, before they are refined.
         ranges: JSON file of :func:`bundle.ranges.measure`; where there is none, nothing is compared.
         factor, spacing: of the refinement to come, see :class:`UpsampleInPlaned`.
-        isotropic: whether it is that of :class:`UpsampleToIsotropicd`, which ``factor`` does not concern.
+        isotropic: whether it is that of :class:`UpsampleToIsotropicd`; ``factor`` is ``None`` then.
     """
 
     def __init__(
-        self, keys: KeysCollection, ranges: str | None = None, factor: Factor = 1, spacing: Any = None, isotropic: bool = False
+        self, keys: KeysCollection, ranges: str | None = None, factor: Any = 1, spacing: Any = None, isotropic: bool = False
     ) -> None:
         super().__init__(keys)
-        self.refinement: Any = IsotropicRefinement(spacing) if isotropic else Refinement(factor, spacing)
+        self.refinement: Any = IsotropicRefinement(spacing, factor) if isotropic else Refinement(factor, spacing)
         self.ranges = read_ranges(ranges)
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:

@@ -1,7 +1,7 @@
 """Measure speed and memory on this machine: one kind of measurement per call, medians of several runs, ratios from the same run.
 
-Without one of --inference, --training and --growth: the convolution algorithms. Prints Markdown, adds the figures to a JSON file and, with
---page, writes all that is in it into a page (docs/performance.md).
+Without one of --inference, --whole, --training and --growth: the convolution algorithms. Prints Markdown, adds the figures to a JSON
+file and, with --page, writes all that is in it into a page (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from monai.utils import set_determinism
+from nibabel.processing import conform
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,6 +42,11 @@ SLICES = (4, 8, 16)  # of 256 x 256 output pixels
 SIDES = (128, 256, 384, 512)  # output pixels, 4 slices
 VOLUMES = (1, 2, 4)  # of 4 slices of 256 x 256 output pixels, by 1 process
 PROCESSES = (1, 2)  # for 4 such volumes
+WHOLE = {  # network -> overlays and options of a whole run
+    "bicubic": ([], ["--network_def", '{"_target_": "torch.nn.Identity"}', "--handlers::0::_disabled_", "true"]),
+    "fast": (["networks/fast"], []),
+    "the paper's": ([], []),
+}
 MANY_SLICES = (4, 64, 256)  # of 512 x 512 output pixels, anatomy in 4: time is of no interest there, memory is
 
 
@@ -50,10 +56,11 @@ def main() -> None:
     kind = measure.__name__.removeprefix("measure_")
     known = json.loads(given.json.read_text()) if given.json.exists() else {}
     result = {"machine": machine(), "repeats": given.repeats, **measure(given)}
+    section = {result["volume"]: result} if "volume" in result else result
     # several volumes stand side by side, all else is measured anew
-    known[kind] = {**known.get(kind, {}), result["volume"]: result} if kind == "inference" else result
+    known[kind] = {**known.get(kind, {}), **section} if "volume" in result else section
     write_json(given.json, known)
-    print(f"\n{markdown(kind, {result['volume']: result} if kind == 'inference' else result)}\n\nfigures in {given.json}")
+    print(f"\n{markdown(kind, section)}\n\nfigures in {given.json}")
     if given.page:
         write_page(given.page, known)
 
@@ -62,13 +69,18 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--inference", metavar="VOLUME", help="degrade this volume, super-resolve it the naive and the fast way, compare")
+    kind.add_argument(
+        "--whole", metavar="VOLUME", help="refine this volume, conformed to voxels of 1 mm, file to file; 'head' makes one up"
+    )
     kind.add_argument("--training", metavar="FOLDER", help="training steps on these volumes, with and without loading data")
     kind.add_argument("--growth", action="store_true", help="time and memory against slices, their size, volumes and processes")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement, after one to warm up; growth: after none")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement, after one to warm up; whole, growth: after none")
     parser.add_argument("--json", type=Path, default=Path("output/benchmark.json"), help="file that the figures are added to")
     parser.add_argument("--page", type=Path, help="page whose tables are written anew from the JSON file")
     parser.add_argument("--slices", type=int, default=12, help="inference: this many slices, evenly spaced over the volume; 0: all")
-    parser.add_argument("--scale", type=int, default=2, help="inference: factor of the degradation")
+    parser.add_argument("--networks", nargs="+", default=list(WHOLE), choices=list(WHOLE), metavar="NAME", help="whole: which of these")
+    parser.add_argument("--side", type=int, default=256, help="whole: voxels along each axis")
+    parser.add_argument("--scale", type=int, default=2, help="inference, whole: factor")
     parser.add_argument("--checkpoint", help="inference: weights; those of configs/inference.json if not given")
     parser.add_argument("--overlay", nargs="*", default=[], metavar="CONFIG", help="configs put on top, as configs/networks/vdsr.json")
     parser.add_argument("--batch_size", type=int, default=64, help="patches of 31 x 31 in a training step")
@@ -178,6 +190,33 @@ def psnr_of(result: Tensor, truth: Tensor) -> float:
     return float(-10 * torch.log10((result - truth).double().square().mean()))
 
 
+# ---- a volume from file to file
+
+
+def measure_whole(given: argparse.Namespace) -> dict:
+    """Times and peaks of whole runs of ``configs/inference.json`` on one volume, the start of Python and of the libraries included."""
+    rows, name = {}, given.whole if given.whole == "head" else Path(given.whole).name
+    with tempfile.TemporaryDirectory() as folder:
+        volume = Path(folder, "volume.nii.gz")
+        (made_up_head(given.side) if given.whole == "head" else conform(nib.load(given.whole), (given.side,) * 3)).to_filename(volume)
+        for network in given.networks:
+            overlays, options = WHOLE[network]
+            files = [str(CONFIGS / f"{overlay}.json") for overlay in ("inference", *overlays)]
+            options = ["--scale", str(given.scale), "--overwrite", "true", *options]
+            measured = [timed_run(files, str(volume), f"{folder}/out", options) for _ in range(given.repeats)]
+            rows[network] = [statistics.median(m[i] for m in measured) for i in (0, 1)]
+            print(f"{name}, {network}: {rows[network][0]:.1f} s, {rows[network][1]:.2f} GB", flush=True)
+    return {"volume": name, "side": given.side, "scale": given.scale, "rows": rows}
+
+
+def made_up_head(side: int) -> nib.Nifti1Image:
+    """A textured ellipsoid of 156 x 196 x 230 mm, the size of an adult's head, and a neck, in voxels of 1 mm."""
+    x, y, z = np.meshgrid(*[np.arange(side) - (side - 1) / 2] * 3, indexing="ij", sparse=True)
+    inside = ((x / 78) ** 2 + (y / 98) ** 2 + (z / 115) ** 2 < 1) | ((x / 60) ** 2 + (y / 65) ** 2 < 1) & (z < 0)
+    texture = 0.7 + 0.2 * np.sin(x / 4 + z / 9) * np.sin(y / 5) + 0.02 * np.random.default_rng(0).standard_normal(inside.shape)
+    return nib.Nifti1Image((1000 * texture * inside).astype(np.float32), np.eye(4))
+
+
 # ---- training
 
 
@@ -260,19 +299,25 @@ def whole_run(
             nib.Nifti1Image(head(side // 2, slices, filled or slices), np.eye(4)).to_filename(Path(folder, f"{n}.nii"))
         configs = ["inference", *(["multi_gpu_inference"] if processes > 1 else [])]
         files = [str(CONFIGS / f"{name}.json") for name in configs] + given.overlay
-        launcher = ["torch.distributed.run", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
-        command = [sys.executable, "-m", *launcher, "monai.bundle", "run", "--config_file", str(files), "--dataset_dir", folder]
-        command += ["--output_dir", f"{folder}/out", *(["--checkpoint", given.checkpoint] if given.checkpoint else [])]
-        threads = str(max(1, torch.get_num_threads() // processes))
-        started = time.perf_counter()
-        with open(f"{folder}/log", "w+b") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": threads})
-            _, status, usage = os.wait4(process.pid, 0)  # of the process and those that it has waited for
-            process.returncode = os.waitstatus_to_exitcode(status)
-            if process.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{Path(folder, 'log').read_text()[-2000:]}")
-        unit = 1 if sys.platform == "darwin" else 1024
-        return time.perf_counter() - started, usage.ru_maxrss * unit / 1e9
+        options = ["--checkpoint", given.checkpoint] if given.checkpoint else []
+        return timed_run(files, folder, f"{folder}/out", options, processes)
+
+
+def timed_run(files: list[str], volumes: str, output_dir: str, options: list[str], processes: int = 1) -> tuple[float, float]:
+    launcher = ["torch.distributed.run", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
+    command = [sys.executable, "-m", *launcher, "monai.bundle", "run", "--config_file", str(files), "--dataset_dir", volumes]
+    command += ["--output_dir", output_dir, *options]
+    threads = str(max(1, torch.get_num_threads() // processes))
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": threads})
+        _, status, usage = os.wait4(process.pid, 0)  # of the process and those that it has waited for
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed:\n{log.read().decode()[-2000:]}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return time.perf_counter() - started, usage.ru_maxrss * unit / 1e9
 
 
 def head(side: int, slices: int, filled: int) -> np.ndarray:
@@ -351,6 +396,14 @@ def inference_table(sections: dict) -> Iterator[str]:
     yield "\n" + "\n".join(sorted(footers))
 
 
+def whole_table(sections: dict) -> Iterator[str]:
+    yield "| volume | network | seconds | peak memory, GB |\n|---|---|---|---|"
+    for s in sections.values():
+        for network, (seconds, gigabytes) in s["rows"].items():
+            yield f"| {s['volume']} | {network} | {seconds:.1f} | {gigabytes:.2f} |"
+    yield "\n" + "\n".join(sorted({f"{s['side']} voxels along each axis, factor {s['scale']}; {footer(s)}" for s in sections.values()}))
+
+
 def training_table(s: dict) -> Iterator[str]:
     rates = s["patches_per_second"]
     yield "| | patches/s |\n|---|---|"
@@ -402,8 +455,14 @@ def write_page(page: Path, known: dict) -> None:
         draw_growth(known["growth"], page.parent / "figures" / "growth.png")
 
 
-MEASUREMENTS = {"inference": measure_inference, "training": measure_training, "growth": measure_growth}
-TABLES = {"convolutions": convolutions_table, "inference": inference_table, "training": training_table, "growth": growth_table}
+MEASUREMENTS = {"inference": measure_inference, "whole": measure_whole, "training": measure_training, "growth": measure_growth}
+TABLES = {
+    "convolutions": convolutions_table,
+    "inference": inference_table,
+    "whole": whole_table,
+    "training": training_table,
+    "growth": growth_table,
+}
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ def commands(page: str) -> list[dict]:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_run_as_they_stand(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for folder in ("configs", "models"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     for n in range(1, 6):
         toy.write_nifti(tmp_path / "DATA" / f"sub-{n}.nii.gz", toy.head((40, 36, 20), seed=n))
     toy.write_nifti(tmp_path / "scan.nii.gz")

@@ -224,6 +224,13 @@ class TestThickSlices:
         assert files_below(out) == ["a_sr.json", "a_sr.nii.gz", "a_sr.png"]
         assert json.loads((out / "a_sr.json").read_text())["consistency_db"]["result"] > 25
 
+    def test_a_scale_is_refused_instead_of_ignored(self, infer, tmp_path):
+        path = toy.write_nifti(tmp_path / "a.nii.gz", to_world=toy.affine((1, 1, 4)))
+        tiny = {"network_def::_target_": "bundle.networks.MultiScaleResidualNet"}
+        with pytest.raises(Exception) as error:
+            infer(path, overlays=["isotropic"], scale=3, **tiny)
+        assert "scale is 3, but it is the spacing that says how large isotropic voxels are" in whole_story(error.value)
+
     def test_network_sees_the_two_families_of_planes_with_the_thick_axis(self):
         seen = []
 

@@ -98,6 +98,14 @@ def test_benchmark_measures_whole_runs(tmp_path):
     assert 0.1 < gigabytes < 2
 
 
+def test_benchmark_refines_a_volume_from_file_to_file(benchmark, tmp_path):
+    scan = toy.write_nifti(tmp_path / "scan.nii.gz", toy.head((30, 32, 20)), np.diag([1.1, 1, 1.5, 1]))
+    lines, known = benchmark("--whole", str(scan), "--networks", "bicubic", "--side", "24")
+    found = known["whole"]["scan.nii.gz"]["rows"]
+    assert [row[:2] for row in rows(lines)[1:]] == [["scan.nii.gz", "bicubic"]]
+    assert found["bicubic"][0] > 0.5 and 0.1 < found["bicubic"][1] < 2
+
+
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory) -> list[str]:
     """The command that compares two networks on five toy subjects by a protocol of their own; killed after its first training."""

@@ -111,6 +111,16 @@ def test_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(data, tr
     assert same_tensors(*best)
 
 
+def test_training_starts_from_given_weights(data, trained, tmp_path):
+    given, options = str(trained / "models" / "model.pt"), {**SMALL, "max_epochs": 1, "learning_rate": 1e-9}
+    run("train", dataset_dir=str(data), output_dir=str(tmp_path), initial_checkpoint=given, **options)
+    weights = [torch.load(folder / "models" / "model.pt", weights_only=True) for folder in (trained, tmp_path)]
+    assert same_tensors(*weights, tolerance=1e-6)
+    with pytest.raises(RuntimeError) as error:
+        run("train", dataset_dir=str(data), output_dir=str(tmp_path / "b"), initial_checkpoint=str(tmp_path / "none.pt"), **options)
+    assert reason(error.value) == f"{tmp_path / 'none.pt'}: No such file or directory"
+
+
 def test_a_new_training_does_not_overwrite_an_old_one(data, trained):
     with pytest.raises(RuntimeError) as error:
         run("train", dataset_dir=str(data), output_dir=str(trained), **SMALL)

@@ -148,7 +148,7 @@ def measure_inference(given: argparse.Namespace) -> dict:
     count = min(given.slices or depth, depth)
     truth = truth[..., [int((n + 0.5) * depth / count) for n in range(count)]].contiguous()
     image = degrade(truth.movedim(-1, 0), given.scale).movedim(0, -1)[None].contiguous()
-    infer = {name: inference_of(parser, image) for name, parser in ways.items()}
+    infer = {name: inference_of(parser, image, name == "naive") for name, parser in ways.items()}
     results = {name: run() for name, run in infer.items()}  # warms up
     seconds: dict[str, list[float]] = {name: [] for name in infer}
     for _ in range(given.repeats):  # in turns: what else the machine does meets both
@@ -164,13 +164,15 @@ def measure_inference(given: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
-def inference_of(parser: ConfigParser, image: Tensor) -> Callable[[], Tensor]:
-    """What the evaluator of ``configs/inference.json`` does with a batch."""
+def inference_of(parser: ConfigParser, image: Tensor, naive: bool) -> Callable[[], Tensor]:
+    """What the evaluator of ``configs/inference.json`` does with a batch; ``naive``: with weights in the memory format of a new network."""
     device, network, inferer = (parser.get_parsed_content(key) for key in ("device", "network", "inferer"))
     handlers = parser.get_parsed_content("handlers")
     if handlers:
         state = torch.load(parser.get_parsed_content("checkpoint"), map_location=device, weights_only=True)
         network.load_state_dict(state)
+    if naive:
+        network = network.to(memory_format=torch.contiguous_format)
     network.eval()
 
     @torch.inference_mode()

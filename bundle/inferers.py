@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,16 +13,19 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .errors import switch
+from .memory import release_freed_memory
 
 __all__ = ["ForegroundInferer", "OrthogonalSlices", "foreground_box"]
 
 BLOCK = 4  # pixels; boxes start at multiples, so that networks which unshuffle by 2 or 4 group the pixels as in the whole slice
+MAX_PIXELS = 512 * 192  # computed at once: the feature maps of larger boxes would need more memory than whole volumes
 
 
 class ForegroundInferer(SliceInferer):
     """Slice-by-slice inference that computes only where there is anatomy: in each slice, the box around it and a margin.
 
-    Outside of the boxes, and in slices without anatomy, the result is the input. For networks that map a slice to one of the same size.
+    Outside of the boxes, and in slices without anatomy, the result is the input. A large box is computed in bands, so that the memory
+    that the network needs is bounded. For networks that map a slice to one of the same size.
 
     Args:
         skip_background: ``False`` computes every pixel, as MONAI's inferer does.
@@ -30,7 +34,7 @@ class ForegroundInferer(SliceInferer):
         margin: pixels around the anatomy that are computed with it, rounded up to blocks, for the network's receptive field. What lies
             further away matters less; docs/performance.md says how to measure it.
         progress: whether to show a bar, which counts slices.
-        kwargs: of :class:`monai.inferers.SliceInferer`. Its ``roi_size`` and ``sw_batch_size`` hold within a box.
+        kwargs: of :class:`monai.inferers.SliceInferer`. Its ``roi_size`` and ``sw_batch_size`` hold within a box or band.
 
     Raises:
         InputError: when ``skip_background`` is not a switch.
@@ -51,13 +55,19 @@ class ForegroundInferer(SliceInferer):
         if not self.skip_background:
             return super().__call__(inputs, network, *args, **kwargs)
         axis = self.spatial_dim + 2
+        row_axis = 3 if axis == 2 else 2
         outputs = inputs.clone()
         for n in tqdm(range(inputs.shape[axis]), unit="slice", disable=not self.show_slices):
+
+            def window(rows: slice, columns: slice, n: int = n) -> list[slice]:
+                across = [slice(None), slice(None), rows, columns]
+                return [*across[:axis], slice(n, n + 1), *across[axis:]]
+
             box = foreground_box(inputs.select(axis, n), self.threshold, self.margin)
-            if box is not None:
-                window = [slice(None), slice(None), *box]
-                window.insert(axis, slice(n, n + 1))
-                outputs[*window] = super().__call__(inputs[*window], network, *args, **kwargs)  # type: ignore[assignment]
+            for kept, rows, columns in bands(box, self.margin, MAX_PIXELS) if box else ():
+                result: Any = super().__call__(inputs[*window(rows, columns)], network, *args, **kwargs)
+                outputs[*window(kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
+        release_freed_memory()
         return outputs
 
 
@@ -104,3 +114,20 @@ def foreground_box(image: Tensor, threshold: float, margin: int) -> tuple[slice,
         first, last = int(blocks[0]) - around, int(blocks[-1]) + 1 + around
         box.append(slice(max(first * BLOCK, 0), min(last * BLOCK, side)))
     return box[0], box[1]
+
+
+def bands(box: tuple[slice, slice], margin: int, max_pixels: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Parts of a box, none of more than about ``max_pixels``: the rows that a part gives, those computed for it (with the ``margin``, as
+    far as the box has one), and its columns.
+
+    Example:
+        >>> list(bands((slice(8, 40), slice(0, 10)), margin=4, max_pixels=200))
+        [(slice(8, 24, None), slice(8, 28, None), slice(0, 10, None)), (slice(24, 40, None), slice(20, 40, None), slice(0, 10, None))]
+    """
+    (first, last), columns = (box[0].start, box[0].stop), box[1]
+    height, around = last - first, -(-margin // BLOCK) * BLOCK
+    count = math.ceil(height * (columns.stop - columns.start) / max_pixels)
+    part = -(-height // (count * BLOCK)) * BLOCK
+    for start in range(first, last, part):
+        stop = min(start + part, last)
+        yield slice(start, stop), slice(max(start - around, first), min(stop + around, last)), columns

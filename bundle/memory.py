@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from typing import Any
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["keep_freed_memory", "release_freed_memory"]
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # malloc.h of glibc
-LARGEST_KEPT = 1 << 28  # bytes: feature maps of a slice of 512 x 512 and their spectra, but no volume of 256 such slices
+LARGEST_KEPT = 1 << 26  # bytes: feature maps and their spectra, but no volumes
 NEVER = (1 << 31) - 1  # as many free bytes at the end of the heap
 
 
@@ -17,13 +18,23 @@ NEVER = (1 << 31) - 1  # as many free bytes at the end of the heap
 def keep_freed_memory() -> bool:
     """Let the allocator keep freed feature maps for the next layer, once and for the whole process; returns whether it could be told.
 
-    By default glibc hands each large block back to the system when it is freed, and the system clears every page of the next one: a
-    quarter of the time of a CPU inference (``scripts/benchmark.py`` measures with it). Other C libraries are left as they are.
+    By default glibc hands each large block back to the system when it is freed, and the system clears every page of the next one, which
+    takes a good part of the time of a CPU inference. Other C libraries are left as they are.
     """
-    if not sys.platform.startswith("linux"):
-        return False
+    mallopt = _function("mallopt")
+    return bool(mallopt and mallopt(MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(TRIM_THRESHOLD, NEVER))
+
+
+def release_freed_memory() -> None:
+    """Hand back to the system what :func:`keep_freed_memory` kept: the network is done, something else may need it."""
+    malloc_trim = _function("malloc_trim")
+    if malloc_trim:
+        malloc_trim(0)
+
+
+def _function(name: str) -> Any:
+    """Of the C library, where it is glibc."""
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return getattr(ctypes.CDLL(None), name) if sys.platform.startswith("linux") else None
     except (AttributeError, OSError):  # musl
-        return False
-    return bool(mallopt(MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(TRIM_THRESHOLD, NEVER))
+        return None

@@ -1,4 +1,5 @@
 import copy
+import platform
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from bundle.memory import keep_freed_memory
 from bundle.networks import FFTConv2d, MultiScaleResidualNet, fft_convolution, prepare, use_fft_convolutions
 
 SIZES = [(31, 31), (70, 45), (1, 5), (32, 32), (33, 2), (2, 65)]  # one tile, 3 x 2 tiles, tiny, the largest tile, strips of tiles
@@ -190,3 +192,15 @@ def test_network_gives_the_same_gradients(size):
 def test_prepare_switches_only_when_asked(fft_convolutions):
     network = prepare(MultiScaleResidualNet(features=32, num_modules=1), torch.device("cpu"), fft_convolutions)
     assert any(isinstance(m, FFTConv2d) for m in network.modules()) is fft_convolutions
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_a_freed_feature_map_is_not_cleared_by_the_system_again():
+    resource = pytest.importorskip("resource", reason="not on Windows")
+    assert keep_freed_memory()
+    faults = []
+    for _ in range(20):  # until the heap has room for it
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 24)  # 64 MB, allocated and freed
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(faults) < 1000  # pages of 4 kB; all of them are 16384

@@ -94,6 +94,25 @@ def test_only_the_box_around_the_anatomy_is_computed():
     assert changed.sum() == 28 * 29 + 12 * 12
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_large_slices_are_computed_in_bands(name, axis, monkeypatch):
+    monkeypatch.setattr("bundle.inferers.MAX_PIXELS", 500)
+    make, margin = NETWORKS[name]
+    inputs, network, seen = volume((90, 41, 2), empty=()), random_network(make()), []
+    whole = SliceInferer(**WHOLE)(inputs, network).movedim(-1, axis + 2)
+
+    def counted(x):
+        seen.append(x.shape[2:])
+        return network(x)
+
+    result = ForegroundInferer(roi_size=(-1, -1), spatial_dim=axis, margin=margin)(inputs.movedim(-1, axis + 2), counted)
+    anatomy = inputs.movedim(-1, axis + 2) > 0.1
+    torch.testing.assert_close(result[anatomy], whole[anatomy], rtol=0, atol=1e-6)
+    assert len(seen) == 2 * 2
+    assert max(rows for rows, _ in seen) <= 500 / min(columns for _, columns in seen) + 4 + 2 * margin
+
+
 def test_empty_slices_are_not_computed_and_noise_is_kept():
     inputs = 0.02 * torch.rand(1, 1, 33, 34, 3)
     outputs = ForegroundInferer(**WHOLE)(inputs, lambda x: pytest.fail("no anatomy, nothing to compute"))

@@ -403,7 +403,8 @@ def whole_table(sections: dict) -> Iterator[str]:
     for s in sections.values():
         for network, (seconds, gigabytes) in s["rows"].items():
             yield f"| {s['volume']} | {network} | {seconds:.1f} | {gigabytes:.2f} |"
-    yield "\n" + "\n".join(sorted({f"{s['side']} voxels along each axis, factor {s['scale']}; {footer(s)}" for s in sections.values()}))
+    for s in sections.values():
+        yield f"\n{s['volume']}: {s['side']} voxels along each axis, factor {s['scale']}; {footer(s)}"
 
 
 def training_table(s: dict) -> Iterator[str]:

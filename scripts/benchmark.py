@@ -439,8 +439,9 @@ def draw_growth(section: dict, path: Path) -> None:
         rows = [row for row in section["rows"] if row["of"] == kind]
         for line, (key, label) in enumerate((("seconds", "seconds"), ("gigabytes", "peak memory, GB"))):
             axes = figure.add_subplot(2, len(kinds), line * len(kinds) + column + 1)
-            axes.plot([row["number"] for row in rows], [row[key] for row in rows], "o-")
-            axes.set(xlabel=kind, ylim=(0, None), ylabel=label if column == 0 else None)
+            numbers, values = [row["number"] for row in rows], [row[key] for row in rows]
+            axes.plot(numbers, values, "o-")
+            axes.set(xlabel=kind, xticks=numbers, ylim=(0, 1.1 * max(values)), ylabel=label if column == 0 else None)
     write_whole(path, figure.savefig)
 
 

@@ -57,16 +57,16 @@ class ForegroundInferer(SliceInferer):
         axis = self.spatial_dim + 2
         row_axis = 3 if axis == 2 else 2
         outputs = inputs.clone()
+
+        def window(n: int, rows: slice, columns: slice) -> list[slice]:
+            across = [slice(None), slice(None), rows, columns]
+            return [*across[:axis], slice(n, n + 1), *across[axis:]]
+
         for n in tqdm(range(inputs.shape[axis]), unit="slice", disable=not self.show_slices):
-
-            def window(rows: slice, columns: slice, n: int = n) -> list[slice]:
-                across = [slice(None), slice(None), rows, columns]
-                return [*across[:axis], slice(n, n + 1), *across[axis:]]
-
             box = foreground_box(inputs.select(axis, n), self.threshold, self.margin)
             for kept, rows, columns in bands(box, self.margin, MAX_PIXELS) if box else ():
-                result: Any = super().__call__(inputs[*window(rows, columns)], network, *args, **kwargs)
-                outputs[*window(kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
+                result: Any = super().__call__(inputs[*window(n, rows, columns)], network, *args, **kwargs)
+                outputs[*window(n, kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
         release_freed_memory()
         return outputs
 

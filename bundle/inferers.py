@@ -53,7 +53,9 @@ class ForegroundInferer(SliceInferer):
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """(N, 1, three spatial axes) -> the same shape."""
         if not self.skip_background:
-            return super().__call__(inputs, network, *args, **kwargs)
+            every_pixel = super().__call__(inputs, network, *args, **kwargs)
+            release_freed_memory()
+            return every_pixel
         axis = self.spatial_dim + 2
         row_axis = 3 if axis == 2 else 2
         outputs = inputs.clone()

@@ -260,13 +260,6 @@ class FineTuning(TrainTask):
 
         folder = self.fine_tuned.with_name("fine_tuning")
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
-        train, inference = (ConfigParser.load_config_file(str(CONFIGS / f"{name}.json")) for name in ("train", "inference"))
-        start = {**inference["handlers"][0], "load_path": self.task.get_path()}
-        handlers = train["train"]["handlers"]
-        for handler in handlers:
-            if handler["_target_"] == "ValidationHandler":
-                handler["exec_at_start"] = True  # what is no better than the start is not kept
-        overrides = {"train::handlers": [start, *handlers]}
         run(
             config_file=[str(CONFIGS / "train.json"), *self.task.overlays],
             meta_file=str(CONFIGS / "metadata.json"),
@@ -276,9 +269,10 @@ class FineTuning(TrainTask):
             val_datalist=volumes[-held_out:],
             max_epochs=options["max_epochs"],
             learning_rate=options["learning_rate"],
+            initial_checkpoint=self.task.get_path(),
             val_interval=1,
             device=device_of(request),
-            **overrides,
+            **{"train::handlers::5::exec_at_start": True},  # of the ValidationHandler: what is no better than the start is not kept
         )
         better = folder / "models" / "model.pt"
         if better.exists():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
-from .degradation import PROFILES, check_factor, degrade, degrade_slices
+from .degradation import PROFILES, check_factor, degrade, degrade_slices, phases
 from .dicom import find_series
 from .errors import InputError, reason, switch
 from .files import RESULT_MARK, is_done, namesakes
@@ -175,6 +175,7 @@ class PatchDataset(Dataset):
         degradation: makes the input from the target, patch by patch (:class:`RandomFactor`, :class:`RandomSlices`); ``None`` takes
             that of the volumes.
         any_plane: whether to take patches of axial, coronal and sagittal planes, the rows along any axis, and not of axial ones only.
+        phases: whether ``"image"`` also holds the phases (:func:`bundle.degradation.phases`) of a ``degradation``: (7, size, size).
 
     Raises:
         InputError: when a volume is smaller than a patch.
@@ -191,6 +192,7 @@ class PatchDataset(Dataset):
         seed: int = 0,
         degradation: RandomFactor | RandomSlices | None = None,
         any_plane: bool = False,
+        phases: bool = False,
     ) -> None:
         self.pairs = []
         for volume in volumes:
@@ -203,7 +205,7 @@ class PatchDataset(Dataset):
             self.pairs.append(torch.stack(pair).as_subclass(torch.Tensor).permute(3, 0, 1, 2).contiguous())
         self.size, self.patches_per_volume, self.seed = size, patches_per_volume, seed
         self.min_foreground, self.threshold, self.augment = min_foreground, threshold, augment
-        self.degradation, self.any_plane = degradation, any_plane
+        self.degradation, self.any_plane, self.phases = degradation, any_plane, phases
 
     def __len__(self) -> int:
         return len(self.pairs) * self.patches_per_volume
@@ -220,21 +222,30 @@ class PatchDataset(Dataset):
             patch = pair[z, :, x : x + self.size, y : y + self.size]
             if float((patch[-1] > self.threshold).float().mean()) >= self.min_foreground:
                 break
+        turns, mirror = (int(random.integers(4)), bool(random.integers(2))) if self.augment else (0, False)
         if self.degradation is not None:
-            patch = torch.cat([self._degraded(pair[z, 0], x, y, random), patch])
-        if self.augment:
-            patch = torch.rot90(patch, int(random.integers(4)), (1, 2))
-            if random.integers(2):
-                patch = patch.flip(2)
+            return self._degraded(pair[z], x, y, turns, mirror, random)
+        patch = _turned(patch, turns, mirror)
         return {"image": patch[:1].contiguous(), "label": patch[1:].contiguous()}
 
-    def _degraded(self, target: torch.Tensor, x: int, y: int, random: np.random.Generator) -> torch.Tensor:
-        """(1, size, size): degraded with what lies around it, so that the patch has no borders that the slice does not have."""
+    def _degraded(
+        self, target: torch.Tensor, x: int, y: int, turns: int, mirror: bool, random: np.random.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Degraded with what lies around it, so that the patch has no borders that the slice does not have."""
         margin = self.degradation.margin  # type: ignore[union-attr]
         left, low = max(0, x - margin), max(0, y - margin)
-        window = target[left : x + self.size + margin, low : y + self.size + margin]
-        image = self.degradation(window, random)  # type: ignore[misc]
-        return image[None, x - left : x - left + self.size, y - low : y - low + self.size]
+        window = target[:, left : x + self.size + margin, low : y + self.size + margin]
+        row, column = x - left, y - low
+        for _ in range(turns):
+            row, column, window = window.shape[2] - self.size - column, row, _turned(window, 1)
+        if mirror:
+            column, window = window.shape[2] - self.size - column, _turned(window, 0, mirror)
+        rows, columns = slice(row, row + self.size), slice(column, column + self.size)
+        image, factors = self.degradation(window[0], random)  # type: ignore[misc]
+        image = image[None, rows, columns]
+        if self.phases:
+            image = torch.cat([image, phases(factors, rows, columns)])
+        return {"image": image.contiguous(), "label": window[:, rows, columns].contiguous()}
 
 
 class RandomFactor:
@@ -252,10 +263,11 @@ class RandomFactor:
         self.factors, self.mode, self.interpolation = _ascending(factors), mode, interpolation
         self.margin = math.ceil(5 * self.factors[1])  # Keys' kernel reaches 2 low-resolution pixels, on the way down and on the way up
 
-    def __call__(self, image: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
-        """Degraded image, (H, W) to the same shape."""
+    def __call__(self, image: torch.Tensor, random: np.random.Generator) -> tuple[torch.Tensor, tuple[float, float]]:
+        """Degraded image, (H, W) to the same shape, and its factors."""
         rows, columns = random.uniform(*self.factors, 2).tolist()
-        return degrade(image, (rows, rows if random.integers(2) else columns), self.mode, self.interpolation)
+        factors = (rows, rows if random.integers(2) else columns)
+        return degrade(image, factors, self.mode, self.interpolation), factors
 
 
 class RandomSlices:
@@ -275,13 +287,20 @@ class RandomSlices:
         self.across, self.in_plane, self.largest_gap = _ascending(across), _ascending(in_plane), largest_gap
         self.margin = math.ceil(5 * self.across[1])
 
-    def __call__(self, image: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
-        """Degraded image, (H, W) to the same shape."""
+    def __call__(self, image: torch.Tensor, random: np.random.Generator) -> tuple[torch.Tensor, tuple[float, float]]:
+        """Degraded image, (H, W) to the same shape, and its factors."""
         profile = PROFILES[random.integers(len(PROFILES))]
         gap = random.uniform(0, self.largest_gap) if random.integers(2) else 0.0
-        if not random.integers(4):
-            image = degrade(image, (random.uniform(*self.in_plane), 1.0))
-        return degrade_slices(image, random.uniform(*self.across), profile, gap)
+        in_plane = 1.0 if random.integers(4) else random.uniform(*self.in_plane)
+        if in_plane > 1:
+            image = degrade(image, (in_plane, 1.0))
+        across = random.uniform(*self.across)
+        return degrade_slices(image, across, profile, gap), (in_plane, across)
+
+
+def _turned(patch: torch.Tensor, turns: int, mirror: bool = False) -> torch.Tensor:
+    patch = torch.rot90(patch, turns, (1, 2))
+    return patch.flip(2) if mirror else patch
 
 
 def _ascending(factors: Sequence[float]) -> tuple[float, float]:

@@ -28,6 +28,7 @@ __all__ = [
     "degrade_slices",
     "downsample",
     "interpolate_slices",
+    "phases",
     "refined_size",
     "upsample",
 ]
@@ -136,6 +137,27 @@ def interpolate_slices(thick: Tensor, factor: float, size: int, order: int = 3) 
     # interpolation is linear in the slices: what it makes of each alone are the weights
     weights = torch.from_numpy(affine_transform(np.eye(number), order=order, mode="nearest", **to_thick))
     return thick @ weights.to(thick)
+
+
+def phases(factors: Sequence[float], rows: slice, columns: slice) -> Tensor:
+    """Where the pixels of an interpolated slice lie between those that were measured: what a network must know to serve any factor.
+
+    Args:
+        factors: of the rows and of the columns.
+        rows, columns: the part of the slice, in its pixels.
+
+    Returns:
+        (6, H, W): for the rows, then for the columns, cosine and sine of 2 pi times the low-resolution index of :func:`downsample`, and
+        1 / factor. Along an axis that was not refined they are 1, 0 and 1.
+    """
+    size = (rows.stop - rows.start, columns.stop - columns.start)
+    maps = []
+    for axis, (part, factor) in enumerate(zip((rows, columns), factors)):
+        index = (torch.arange(part.start, part.stop, dtype=torch.float64) + 0.5) / factor - 0.5
+        turns = 2 * math.pi * index
+        for line in (turns.cos(), turns.sin(), torch.full_like(turns, 1 / factor)):
+            maps.append(line.unsqueeze(1 - axis).expand(size))
+    return torch.stack(maps).float()
 
 
 def refined_size(side: int, factor: float) -> int:

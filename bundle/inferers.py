@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .degradation import phases
 from .errors import switch
 from .memory import release_freed_memory
 
@@ -33,6 +34,7 @@ class ForegroundInferer(SliceInferer):
             at a few hundredths, and averages out over a block where it is isolated.
         margin: pixels around the anatomy that are computed with it, rounded up to blocks, for the network's receptive field. What lies
             further away matters less; docs/performance.md says how to measure it.
+        phases: whether the network is told the factor of ``inputs.meta["factor"]`` (:func:`bundle.degradation.phases`).
         progress: whether to show a bar, which counts slices.
         kwargs: of :class:`monai.inferers.SliceInferer`. Its ``roi_size`` and ``sw_batch_size`` hold within a box or band.
 
@@ -42,9 +44,15 @@ class ForegroundInferer(SliceInferer):
     """
 
     def __init__(
-        self, skip_background: bool | str = True, threshold: float = 0.03, margin: int = 8, progress: bool = False, **kwargs: Any
+        self,
+        skip_background: bool | str = True,
+        threshold: float = 0.03,
+        margin: int = 8,
+        phases: bool = False,
+        progress: bool = False,
+        **kwargs: Any,
     ) -> None:
-        self.skip_background = switch("skip_background", skip_background)
+        self.skip_background, self.phases = switch("skip_background", skip_background), phases
         if threshold < 0 or margin < 0:
             raise ValueError(f"threshold and margin must not be negative, got {threshold} and {margin}")
         self.threshold, self.margin, self.show_slices = threshold, margin, progress
@@ -52,8 +60,10 @@ class ForegroundInferer(SliceInferer):
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """(N, 1, three spatial axes) -> the same shape."""
+        told = self._telling(network, inputs) if self.phases else lambda rows, columns: network
         if not self.skip_background:
-            every_pixel = super().__call__(inputs, network, *args, **kwargs)
+            rows, columns = (slice(0, side) for n, side in enumerate(inputs.shape[2:]) if n != self.spatial_dim)
+            every_pixel = super().__call__(inputs, told(rows, columns), *args, **kwargs)
             release_freed_memory()
             return every_pixel
         axis = self.spatial_dim + 2
@@ -67,10 +77,21 @@ class ForegroundInferer(SliceInferer):
         for n in tqdm(range(inputs.shape[axis]), unit="slice", disable=not self.show_slices):
             box = foreground_box(inputs.select(axis, n), self.threshold, self.margin)
             for kept, rows, columns in bands(box, self.margin, MAX_PIXELS) if box else ():
-                result: Any = super().__call__(inputs[*window(n, rows, columns)], network, *args, **kwargs)
+                result: Any = super().__call__(inputs[*window(n, rows, columns)], told(rows, columns), *args, **kwargs)
                 outputs[*window(n, kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
         release_freed_memory()
         return outputs
+
+    def _telling(self, network: Callable[..., Any], inputs: Tensor) -> Callable[[slice, slice], Callable[..., Any]]:
+        """For a part of the slices, the network that is told its phases."""
+        factors = [float(factor) for factor in [*inputs.meta["factor"], 1.0][:3]]  # type: ignore[attr-defined]  # of slices, in-plane
+        del factors[self.spatial_dim]
+
+        def told(rows: slice, columns: slice) -> Callable[..., Any]:
+            maps = phases(factors, rows, columns).to(inputs)
+            return lambda x, *args, **kwargs: network(torch.cat([x, maps.expand(len(x), *maps.shape)], 1), *args, **kwargs)
+
+        return told
 
 
 class OrthogonalSlices(Inferer):

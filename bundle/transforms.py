@@ -251,6 +251,7 @@ class Degraded(MapTransform):
 
     Args:
         keys: the high-resolution volume (1, X, Y, Z); replaced by the low-resolution one, interpolated to the same grid.
+            ``meta["factor"]`` tells the factors along x and y.
         target_key: where the high-resolution volume goes.
         factor, mode, interpolation: see :func:`bundle.degradation.degrade`.
     """
@@ -259,16 +260,15 @@ class Degraded(MapTransform):
         self, keys: KeysCollection, target_key: str = "label", factor: Factor = 2, mode: str = "bicubic", interpolation: str | None = None
     ) -> None:
         super().__init__(keys)
-        check_factor(factor)
-        self.target_key, self.factor, self.mode, self.interpolation = target_key, factor, mode, interpolation
+        self.target_key, self.factors, self.mode, self.interpolation = target_key, check_factor(factor), mode, interpolation
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         d = dict(data)
         for key in self.keys:
             d[self.target_key] = d[key]
             slices = d[key].as_tensor().movedim(-1, 0)
-            degraded = degrade(slices, self.factor, self.mode, self.interpolation).movedim(0, -1).contiguous()
-            d[key] = MetaTensor(degraded, meta=d[key].meta)
+            degraded = degrade(slices, self.factors, self.mode, self.interpolation).movedim(0, -1).contiguous()
+            d[key] = MetaTensor(degraded, meta={**d[key].meta, "factor": list(self.factors)})
         return d
 
 
@@ -276,7 +276,8 @@ class ThickSlicesd(MapTransform):
     """Make the pair of thick slices: the volume becomes the target, its axial slices made thick and interpolated back the input.
 
     Args:
-        keys: the volume of thin slices (1, X, Y, Z); replaced. ``meta["thickness"]`` tells the distance of the thick ones.
+        keys: the volume of thin slices (1, X, Y, Z); replaced. ``meta["thickness"]`` tells the distance of the thick ones,
+            ``meta["factor"]`` the factors along the three axes.
         target_key: where the volume of thin slices goes.
         thickness: distance of the thick slices in mm; an item's own ``"thickness"`` goes before it.
         profile, gap: see :func:`bundle.degradation.acquire_slices`.
@@ -293,8 +294,9 @@ class ThickSlicesd(MapTransform):
         for key in self.keys:
             d[self.target_key] = d[key]
             thickness = float(d.get("thickness", self.thickness))
-            degraded = degrade_slices(d[key].as_tensor(), slice_factor(d[key], thickness), self.profile, self.gap)
-            d[key] = MetaTensor(degraded, meta={**d[key].meta, "thickness": thickness})
+            factor = slice_factor(d[key], thickness)
+            degraded = degrade_slices(d[key].as_tensor(), factor, self.profile, self.gap)
+            d[key] = MetaTensor(degraded, meta={**d[key].meta, "thickness": thickness, "factor": [1.0, 1.0, factor]})
         return d
 
 

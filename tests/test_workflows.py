@@ -38,6 +38,10 @@ SMALL = {
     "warmup_iterations": 3,
     "split": [2, 2, 1],
 }
+SMALL_FAST = {key: value for key, value in SMALL.items() if not key.startswith("network_def")} | {
+    "network_def::features": 8,
+    "network_def::num_blocks": 1,
+}
 
 
 def run(*configs: str, **overrides) -> None:
@@ -304,11 +308,11 @@ def test_training_is_tracked_by_mlflow(data, tmp_path):
 
 
 def test_a_network_for_any_factor_is_trained_and_evaluated_at_one(data, tmp_path):
-    run("train", "any_factor", dataset_dir=str(data), output_dir=str(tmp_path), **{**SMALL, "max_epochs": 1})
+    run("train", "any_factor", dataset_dir=str(data), output_dir=str(tmp_path), **{**SMALL_FAST, "max_epochs": 1})
     weights = str(tmp_path / "models" / "model.pt")
     for scale in (1.5, [2, 3]):
         out = tmp_path / str(scale)
-        run("train", "evaluate", dataset_dir=str(data), output_dir=str(out), checkpoint=weights, scale=scale, **SMALL)
+        run("train", "any_factor", "evaluate", dataset_dir=str(data), output_dir=str(out), checkpoint=weights, scale=scale, **SMALL_FAST)
         summary = json.loads((out / "summary.json").read_text())
         truth = nib.load(data / "sub-05.nii.gz").get_fdata(dtype=np.float32)
         truth = torch.from_numpy(np.clip(truth / np.percentile(truth[truth > 0], 99.9), 0, 1)).movedim(-1, 0)
@@ -318,7 +322,7 @@ def test_a_network_for_any_factor_is_trained_and_evaluated_at_one(data, tmp_path
 
 def test_thick_slices_are_trained_on_and_evaluated(tmp_path):
     toy.write_subjects(tmp_path / "data", 5, (24, 22, 26))  # slices of 2 mm
-    options = {**SMALL, "dataset_dir": str(tmp_path / "data"), "max_epochs": 1, "thickness": 6}
+    options = {**SMALL_FAST, "dataset_dir": str(tmp_path / "data"), "max_epochs": 1, "thickness": 6}
     run("train", "thick_slices", output_dir=str(tmp_path), **options)
     out, weights = tmp_path / "evaluation", str(tmp_path / "models" / "model.pt")
     files = ("train", "thick_slices", "evaluate", "evaluate_thick_slices")

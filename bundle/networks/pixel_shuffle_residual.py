@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,22 +21,33 @@ class PixelShuffleResidualNet(nn.Module):
         features: filters of every convolution but the last.
         num_blocks: residual blocks of two convolutions.
         stride: pixels of the slice per pixel of the coarse grid, along each axis. It need not be the factor of super-resolution.
+        phases: whether the network is told the factor (:func:`bundle.degradation.phases`). It starts out ignoring that, and takes
+            weights of a network that was never told.
     """
 
-    def __init__(self, features: int = 64, num_blocks: int = 9, stride: int = 2) -> None:
+    def __init__(self, features: int = 64, num_blocks: int = 9, stride: int = 2, phases: bool = False) -> None:
         super().__init__()
         self.stride = stride
         self.shallow = _conv(stride**2, features)
+        self.phases = nn.Conv2d(6 * stride**2, features, 3, padding=1, bias=False) if phases else None
+        if self.phases is not None:
+            nn.init.zeros_(self.phases.weight)
+            self.register_load_state_dict_pre_hook(_ignore_phases)
         self.deep = nn.Sequential(*(ResidualBlock(features) for _ in range(num_blocks)), _conv(features, features))
         self.reconstruct = start_at_zero(_conv(features, stride**2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 1, H, W) -> (N, 1, H, W), for any H and W: the last row and column are repeated up to a multiple of ``stride``."""
+        """(N, 1, H, W) -> (N, 1, H, W), for any H and W: the last row and column are repeated up to a multiple of ``stride``.
+
+        With ``phases``, (N, 7, H, W): the slice, then its phases.
+        """
         height, width = x.shape[-2:]
         padded = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
-        shallow = self.shallow(F.pixel_unshuffle(padded, self.stride))
+        shallow = self.shallow(F.pixel_unshuffle(padded[:, :1], self.stride))
+        if self.phases is not None:
+            shallow = shallow + self.phases(F.pixel_unshuffle(padded[:, 1:], self.stride))
         residual = F.pixel_shuffle(self.reconstruct(shallow + self.deep(shallow)), self.stride)
-        return x + residual[..., :height, :width]
+        return x[:, :1] + residual[..., :height, :width]
 
 
 class ResidualBlock(nn.Module):
@@ -46,6 +58,11 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, features, H, W) -> (N, features, H, W)."""
         return x + self.body(x)
+
+
+def _ignore_phases(network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """Complete weights of a network that was never told the phases."""
+    state_dict.setdefault(f"{prefix}phases.weight", torch.zeros_like(network.phases.weight))  # type: ignore[union-attr, arg-type]
 
 
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:

@@ -230,6 +230,16 @@ class TestRandomFactor:
         assert drawn.min() >= 1.5 and drawn.max() <= 4 and np.ptp(drawn) > 2
         assert 0.3 < (drawn[:, 0] == drawn[:, 1]).mean() < 0.7
 
+    def test_phases_fit_the_patch_wherever_it_lies_and_however_it_is_turned(self):
+        """Interpolated by the nearest neighbour, two pixels differ where the place between measured pixels jumps back."""
+        label = torch.rand((1, 50, 60, 2), generator=torch.Generator().manual_seed(0))
+        degradation = RandomFactor([1.7, 4], interpolation="nearest")
+        dataset = PatchDataset([{"image": label, "label": label}], size=20, degradation=degradation, phases=True)
+        for image in (dataset[index]["image"] for index in range(40)):
+            for axis in (0, 1):
+                cosine, sine, _ = image[1 + 3 * axis : 4 + 3 * axis]
+                torch.testing.assert_close(image[0].diff(dim=axis) != 0, torch.atan2(sine, cosine).diff(dim=axis) < 0)
+
     @pytest.mark.parametrize("factors", [[4, 1.5], [0.5, 2], [2], "any", None])
     def test_impossible_factors_are_refused(self, factors):
         with pytest.raises(InputError, match="factor"):

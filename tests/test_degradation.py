@@ -16,6 +16,7 @@ from bundle.degradation import (
     degrade_slices,
     downsample,
     interpolate_slices,
+    phases,
     refined_size,
     upsample,
 )
@@ -342,3 +343,16 @@ def test_interpolated_slices_are_those_of_scipy(order):
 def test_impossible_slices_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         acquire_slices(noise(3, 8), *arguments)
+
+
+@pytest.mark.parametrize("factors", [(2, 4), (3, 1.73), (2.2, 1)])
+def test_phases_tell_where_the_nearest_measured_pixel_changes(factors):
+    """Interpolated by the nearest neighbour, two pixels differ where the place between measured pixels jumps back."""
+    rows, columns = slice(5, 38), slice(2, 33)
+    image = degrade(noise(40, 36), factors, interpolation="nearest")[rows, columns]
+    maps = phases(factors, rows, columns)
+    for axis in (0, 1):
+        cosine, sine, step = maps[3 * axis : 3 * axis + 3]
+        changes = torch.atan2(sine, cosine).diff(dim=axis) < 1e-5  # where an axis is not refined, every pixel is one
+        torch.testing.assert_close(image.diff(dim=axis) != 0, changes)
+        torch.testing.assert_close(step, torch.full_like(step, 1 / factors[axis]))

@@ -14,8 +14,9 @@ from monai.inferers import SliceInferer
 from torch import nn
 from torch.nn import functional as F
 
+from bundle.degradation import phases
 from bundle.errors import InputError
-from bundle.inferers import ForegroundInferer, foreground_box
+from bundle.inferers import ForegroundInferer, OrthogonalSlices, foreground_box
 from bundle.networks import RCAN, MultiScaleResidualNet
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "inference.json")
@@ -220,3 +221,26 @@ def test_a_volume_is_super_resolved_as_without_skipping(tmp_path, monkeypatch):
     np.testing.assert_allclose(found["true"][anatomy], found["false"][anatomy], atol=0.01)
     assert np.abs(found["true"] - found["false"]).max() > 0.01  # what the network makes of the background
     assert not found["true"][..., [0, 4]].any()
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_the_network_is_told_the_phases_of_the_pixels_that_it_gets(part):
+    """A network that returns what it was told of each pixel; where it is not asked, the result is the input."""
+    inputs = MetaTensor(volume(), meta={"factor": [2.5, 3]})
+    told = phases((2.5, 3), slice(0, 57), slice(0, 70))[part]
+
+    def network(x):
+        return x[:, part + 1 : part + 2]
+
+    every, boxes = (ForegroundInferer(**WHOLE, skip_background=skip, phases=True)(inputs, network)[0, 0] for skip in (False, True))
+    torch.testing.assert_close(torch.as_tensor(every), told[..., None].expand(57, 70, 4))
+    asked = torch.zeros(57, 70, dtype=torch.bool)
+    asked[foreground_box(inputs[..., 1], 0.03, 8)] = True
+    torch.testing.assert_close(torch.as_tensor(boxes)[..., 1], torch.where(asked, told, inputs[0, 0, ..., 1].as_tensor()))
+
+
+def test_planes_across_thick_slices_are_told_the_factors_of_their_axes():
+    inputs = MetaTensor(torch.ones(1, 1, 12, 14, 16), meta={"factor": [1.5, 2, 4]})
+    for part, expected in ((2, (1 / 2 + 1 / 1.5) / 2), (5, 1 / 4)):  # 1 / factor of rows and columns, mean of both families
+        result = OrthogonalSlices(phases=True)(inputs, lambda x, part=part: x[:, part + 1 : part + 2])
+        torch.testing.assert_close(torch.as_tensor(result), torch.full((1, 1, 12, 14, 16), expected))

@@ -130,6 +130,19 @@ def test_untrained_network_returns_an_image(name):
     torch.testing.assert_close(SMALL[name]().eval()(x), x, rtol=0, atol=1e-6)
 
 
+def test_a_network_that_is_told_the_phases_starts_as_one_that_is_not():
+    plain, told = randomised("fast"), PixelShuffleResidualNet(4, 2, phases=True).double()
+    told.load_state_dict(plain.state_dict())
+    x = noise(2, 7, 9, 8)
+    torch.testing.assert_close(told(x), plain(x[:, :1]))
+    told(x).sum().backward()
+    assert told.phases.weight.grad.any()
+    told.phases.weight.data.fill_(0.1)
+    other = PixelShuffleResidualNet(4, 2, phases=True).double()
+    other.load_state_dict(told.state_dict())
+    torch.testing.assert_close(other(x), told(x))
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_slices_of_a_batch_do_not_mix(name):
     network, x = randomised(name), noise(3, 1, 8, 8)

@@ -253,20 +253,25 @@ class RandomFactor:
 
     Args:
         factors: the smallest and the largest.
+        common: factors that every second patch has one of, for both axes: those that most users will ask for.
         mode, interpolation: see :func:`bundle.degradation.degrade`.
 
     Raises:
         InputError: when ``factors`` are not two ascending numbers of at least 1.
     """
 
-    def __init__(self, factors: Sequence[float], mode: str = "bicubic", interpolation: str | None = None) -> None:
-        self.factors, self.mode, self.interpolation = _ascending(factors), mode, interpolation
+    def __init__(
+        self, factors: Sequence[float], common: Sequence[float] = (), mode: str = "bicubic", interpolation: str | None = None
+    ) -> None:
+        self.factors, self.common, self.mode, self.interpolation = _ascending(factors), tuple(common), mode, interpolation
         self.margin = math.ceil(5 * self.factors[1])  # Keys' kernel reaches 2 low-resolution pixels, on the way down and on the way up
 
     def __call__(self, image: torch.Tensor, random: np.random.Generator) -> tuple[torch.Tensor, tuple[float, float]]:
         """Degraded image, (H, W) to the same shape, and its factors."""
         rows, columns = random.uniform(*self.factors, 2).tolist()
         factors = (rows, rows if random.integers(2) else columns)
+        if self.common and random.integers(2):
+            factors = (float(random.choice(self.common)),) * 2
         return degrade(image, factors, self.mode, self.interpolation), factors
 
 

@@ -51,7 +51,7 @@ class PixelTVLoss(nn.Module):
 class PSNRLoss(nn.Module):
     """Negative PSNR of each patch, in dB, averaged (Chen L. et al., ECCV 2022, doi 10.1007/978-3-031-20071-7_2).
 
-    Patches of all factors count alike. To the mean squared error those of the largest factor, ten times as wrong, are nearly all.
+    Patches of all factors count alike. To the mean squared error those of the largest factors, several times as wrong, count for most.
 
     Args:
         floor: mean squared error that makes no difference any more; 1 is the intensity scale.

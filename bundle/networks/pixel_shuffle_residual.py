@@ -21,7 +21,8 @@ class PixelShuffleResidualNet(nn.Module):
         features: filters of every convolution but the last.
         num_blocks: residual blocks of two convolutions.
         stride: pixels of the slice per pixel of the coarse grid, along each axis. It need not be the factor of super-resolution.
-        phases: whether the network is told the factor (:func:`bundle.degradation.phases`). It starts out ignoring that, and takes
+        phases: whether the network is told the factor (:func:`bundle.degradation.phases`), which then scales and shifts the features
+            of each block (Wang X. et al., CVPR 2018, doi 10.1109/CVPR.2018.00070). It starts out ignoring what it is told, and takes
             weights of a network that was never told.
     """
 
@@ -29,11 +30,8 @@ class PixelShuffleResidualNet(nn.Module):
         super().__init__()
         self.stride = stride
         self.shallow = _conv(stride**2, features)
-        self.phases = nn.Conv2d(6 * stride**2, features, 3, padding=1, bias=False) if phases else None
-        if self.phases is not None:
-            nn.init.zeros_(self.phases.weight)
-            self.register_load_state_dict_pre_hook(_ignore_phases)
-        self.deep = nn.Sequential(*(ResidualBlock(features) for _ in range(num_blocks)), _conv(features, features))
+        told = 6 * stride**2 if phases else 0
+        self.deep = nn.Sequential(*(ResidualBlock(features, told) for _ in range(num_blocks)), _conv(features, features))
         self.reconstruct = start_at_zero(_conv(features, stride**2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,26 +41,36 @@ class PixelShuffleResidualNet(nn.Module):
         """
         height, width = x.shape[-2:]
         padded = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
-        shallow = self.shallow(F.pixel_unshuffle(padded[:, :1], self.stride))
-        if self.phases is not None:
-            shallow = shallow + self.phases(F.pixel_unshuffle(padded[:, 1:], self.stride))
-        residual = F.pixel_shuffle(self.reconstruct(shallow + self.deep(shallow)), self.stride)
+        shallow = deep = self.shallow(F.pixel_unshuffle(padded[:, :1], self.stride))
+        phases = F.pixel_unshuffle(padded[:, 1:], self.stride)
+        for block in self.deep[:-1]:  # type: ignore[attr-defined]
+            deep = block(deep, phases)
+        residual = F.pixel_shuffle(self.reconstruct(shallow + self.deep[-1](deep)), self.stride)
         return x[:, :1] + residual[..., :height, :width]
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, told: int = 0) -> None:
         super().__init__()
         self.body = nn.Sequential(_conv(features, features), nn.ReLU(), start_at_zero(_conv(features, features)))
+        self.modulation = start_at_zero(nn.Conv2d(told, 2 * features, 1)) if told else None
+        self.register_load_state_dict_pre_hook(_complete)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, features, H, W) -> (N, features, H, W)."""
-        return x + self.body(x)
+    def forward(self, x: Tensor, phases: Tensor) -> Tensor:
+        """(N, features, H, W) -> (N, features, H, W); ``phases`` are (N, told, H, W)."""
+        first, activation, last = self.body
+        hidden = first(x)
+        if self.modulation is not None:
+            scale, shift = self.modulation(phases).chunk(2, 1)
+            hidden = torch.addcmul(hidden + shift, hidden, scale)
+        return x + last(activation(hidden))
 
 
-def _ignore_phases(network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """Complete weights of a network that was never told the phases."""
-    state_dict.setdefault(f"{prefix}phases.weight", torch.zeros_like(network.phases.weight))  # type: ignore[union-attr, arg-type]
+def _complete(block: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """Weights of a block that was never told the phases, completed so that it ignores them."""
+    if block.modulation is not None:
+        for key, value in block.modulation.state_dict(prefix=f"{prefix}modulation.").items():  # type: ignore[union-attr, operator]
+            state_dict.setdefault(key, torch.zeros_like(value))
 
 
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:

@@ -230,6 +230,12 @@ class TestRandomFactor:
         assert drawn.min() >= 1.5 and drawn.max() <= 4 and np.ptp(drawn) > 2
         assert 0.3 < (drawn[:, 0] == drawn[:, 1]).mean() < 0.7
 
+    def test_every_second_patch_has_a_common_factor(self):
+        degradation, image = RandomFactor([1.5, 4], common=[2, 3]), torch.rand(30, 30)
+        drawn = [degradation(image, np.random.default_rng(seed))[1] for seed in range(300)]
+        assert 0.4 < sum(factors in ((2.0, 2.0), (3.0, 3.0)) for factors in drawn) / 300 < 0.6
+        assert {(2.0, 2.0), (3.0, 3.0)} < set(drawn) and sum(rows != columns for rows, columns in drawn) > 40
+
     def test_phases_fit_the_patch_wherever_it_lies_and_however_it_is_turned(self):
         """Interpolated by the nearest neighbour, two pixels differ where the place between measured pixels jumps back."""
         label = torch.rand((1, 50, 60, 2), generator=torch.Generator().manual_seed(0))

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from skimage.metrics import peak_signal_noise_ratio
 
-from bundle.losses import PixelTVLoss, total_variation
+from bundle.losses import PixelTVLoss, PSNRLoss, total_variation
 
 FORMS = ("isotropic", "squared", "anisotropic")
 
@@ -138,3 +139,17 @@ def test_unknown_form_is_named():
 def test_shapes_must_agree(shape):
     with pytest.raises(ValueError, match="one shape"):
         PixelTVLoss()(torch.zeros(1, 1, 4, 4), torch.zeros(shape))
+
+
+def test_psnr_loss_is_the_mean_over_patches_of_what_scikit_image_says():
+    prediction, target = images(3, 1, 8, 7), images(3, 1, 8, 7, seed=1)
+    prediction[1] = target[1] + 0.01
+    values = [peak_signal_noise_ratio(t.numpy(), p.numpy(), data_range=1) for p, t in zip(prediction, target)]
+    assert float(PSNRLoss(floor=0)(prediction, target)) == pytest.approx(-np.mean(values), abs=1e-3)
+
+
+def test_psnr_loss_of_a_perfect_prediction_is_finite_and_has_a_gradient():
+    prediction = images(2, 1, 8, 7).requires_grad_()
+    loss = PSNRLoss()(prediction, prediction.detach().clone())
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(-60) and prediction.grad.isfinite().all()

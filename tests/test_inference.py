@@ -207,7 +207,7 @@ class TestThickSlices:
 
         linear = intensity(nib.affines.apply_affine(to_world, index))
         path = toy.write_nifti(tmp_path / "a.nii.gz", *toy.stored_as(axcodes, linear, to_world))
-        tiny = {"network_def::_target_": "bundle.networks.MultiScaleResidualNet"}
+        tiny = {"network_def": {"_target_": "bundle.networks.MultiScaleResidualNet", **toy.TINY}, "phases": False}
         out = infer(path, "untrained", overlays=["isotropic"], **tiny, **options)
         assert nib.aff2axcodes(nib.load(out / "a_sr.nii.gz").affine) == tuple(axcodes)
         before, after = canonical(path), canonical(out / "a_sr.nii.gz")
@@ -226,7 +226,7 @@ class TestThickSlices:
 
     def test_a_scale_is_refused_instead_of_ignored(self, infer, tmp_path):
         path = toy.write_nifti(tmp_path / "a.nii.gz", to_world=toy.affine((1, 1, 4)))
-        tiny = {"network_def::_target_": "bundle.networks.MultiScaleResidualNet"}
+        tiny = {"network_def": {"_target_": "bundle.networks.MultiScaleResidualNet", **toy.TINY}, "phases": False}
         with pytest.raises(Exception) as error:
             infer(path, overlays=["isotropic"], scale=3, **tiny)
         assert "scale is 3, but it is the spacing that says how large isotropic voxels are" in whole_story(error.value)

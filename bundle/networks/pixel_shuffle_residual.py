@@ -31,7 +31,8 @@ class PixelShuffleResidualNet(nn.Module):
         self.stride = stride
         self.shallow = _conv(stride**2, features)
         told = 6 * stride**2 if phases else 0
-        self.deep = nn.Sequential(*(ResidualBlock(features, told) for _ in range(num_blocks)), _conv(features, features))
+        blocks = [ResidualBlock(features, told) for _ in range(num_blocks)]
+        self.deep = nn.ModuleList([*blocks, LastConvolution(features, features, 3, padding=1)])
         self.reconstruct = start_at_zero(_conv(features, stride**2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,9 +44,9 @@ class PixelShuffleResidualNet(nn.Module):
         padded = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
         shallow = deep = self.shallow(F.pixel_unshuffle(padded[:, :1], self.stride))
         phases = F.pixel_unshuffle(padded[:, 1:], self.stride)
-        for block in self.deep[:-1]:  # type: ignore[attr-defined]
-            deep = block(deep, phases)
-        residual = F.pixel_shuffle(self.reconstruct(shallow + self.deep[-1](deep)), self.stride)
+        for layer in self.deep:
+            deep = layer(deep, phases)
+        residual = F.pixel_shuffle(self.reconstruct(shallow + deep), self.stride)
         return x[:, :1] + residual[..., :height, :width]
 
 
@@ -58,12 +59,17 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, phases: Tensor) -> Tensor:
         """(N, features, H, W) -> (N, features, H, W); ``phases`` are (N, told, H, W)."""
-        first, activation, last = self.body
-        hidden = first(x)
+        hidden = self.body[0](x)
         if self.modulation is not None:
             scale, shift = self.modulation(phases).chunk(2, 1)
             hidden = torch.addcmul(hidden + shift, hidden, scale)
-        return x + last(activation(hidden))
+        return x + self.body[2](self.body[1](hidden))
+
+
+class LastConvolution(nn.Conv2d):
+    def forward(self, x: Tensor, phases: Tensor) -> Tensor:  # type: ignore[override]
+        """(N, features, H, W) -> the same. Takes ``phases`` only because TorchScript goes through layers of one signature."""
+        return self._conv_forward(x, self.weight, self.bias)
 
 
 def _complete(block: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:

@@ -36,6 +36,7 @@ INTERPOLATIONS = {"nearest": "nearest neighbour", "bilinear": "bilinear", "bicub
 NETWORKS = {  # overlay in configs/networks -> name in the table; cheap ones first
     "fsrcnn": "FSRCNN",
     "srcnn": "SRCNN",
+    "fast": "fast (ours)",
     "srdensenet": "SRDenseNet (reduced)",
     "rcan": "RCAN (reduced)",
     "srresnet": "SRResNet (reduced)",

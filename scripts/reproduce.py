@@ -276,7 +276,8 @@ class Run:
         for name in results["methods"]:
             known = name in INTERPOLATIONS
             result = degrade(truth, self.scale, interpolation=name) if known else self._predict(name, given)[0]
-            title = {**INTERPOLATIONS, **NETWORKS}[name].replace(", ", ",\n").replace(" (", "\n(")
+            title = "LR (nearest neighbour)" if name == "nearest" else {**INTERPOLATIONS, **NETWORKS}[name]
+            title = title.replace(", ", ",\n").replace(" (", "\n(")
             title += f"\n{float(psnr(result, truth)):.2f} dB / {float(ssim(result, truth)):.4f}"
             panels.append(Panel(title, result[0, 0], error=(result - truth).abs()[0, 0]))
         save_panels(self.output_dir / "comparison.png", panels, zoom=0.25, columns=6)
@@ -293,7 +294,9 @@ class Run:
                 smooth = np.convolve(values, np.ones(window) / window, "valid")
                 axis.plot(steps[window - 1 :] * self.budget["batch_size"], smooth, label=title, linewidth=1)
         if axis.lines:
-            axis.set(xlabel="patches", ylabel="training loss (8-bit levels squared, with TV where a network has it)", yscale="log")
+            axis.set(xlabel="patches", ylabel="training loss, 8-bit levels squared (and TV, if any)", yscale="log")
+            for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                formatter("{x:g}")
             axis.legend(fontsize=8)
             write_whole(self.output_dir / "training_curves.png", lambda path: figure.savefig(path, dpi=110))
 

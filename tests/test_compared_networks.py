@@ -9,9 +9,12 @@ from monai.bundle import ConfigParser
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from bundle.metrics import psnr
 from bundle.networks import DRCN, DRRN, FSRCNN, RCAN, RDN, SRCNN, VDSR, PixelShuffleResidualNet, SRDenseNet, SRResNet
 
-OVERLAYS = Path(__file__).parents[1] / "configs" / "networks"
+ROOT = Path(__file__).parents[1]
+OVERLAYS = ROOT / "configs" / "networks"
+DATA = ROOT.parent / "shared" / "data" / "ds002748"
 SMALL = {
     "srcnn": lambda: SRCNN((6, 5)),
     "fsrcnn": lambda: FSRCNN(6, 3, 2),
@@ -304,6 +307,29 @@ def test_network_follows_its_paper(name):
 def test_recursions_share_their_weights():
     assert count(DRRN(num_units=9)) == count(DRRN(num_units=25))
     assert count(DRCN(8, 3)) == count(DRCN(8, 16)) - 13  # a weight for each prediction
+
+
+@pytest.fixture(scope="module")
+def test_slice():
+    """A slice of a test subject and its degraded self, as evaluation sees them."""
+    if not DATA.is_dir():
+        pytest.skip("needs ../shared/data/ds002748")
+    parser = ConfigParser()
+    parser.read_config([ROOT / "configs" / f"{name}.json" for name in ("train", "datasets/ds002748", "evaluate")])
+    parser.update({"dataset_dir": str(DATA), "axial_slices": [105, 105]})
+    sample = parser.get_parsed_content("preprocessing")(parser.get_parsed_content("test_datalist")[0])
+    return tuple(sample[key].as_tensor().movedim(-1, 0) for key in ("image", "label"))
+
+
+@pytest.mark.parametrize("name", ["fast", *sorted(file.stem for file in (ROOT / "models" / "baselines").glob("*.pt"))])
+def test_shipped_weights_improve_on_bicubic_interpolation(name, test_slice):
+    file = ROOT / "models" / ("fast/model.pt" if name == "fast" else f"baselines/{name}.pt")
+    network = overlay(name)
+    network.load_state_dict(torch.load(file, weights_only=True))
+    image, truth = test_slice
+    with torch.no_grad():
+        gain = psnr(network.eval()(image), truth) - psnr(image, truth)
+    assert float(gain) > 2
 
 
 def test_fast_network_costs_a_fortieth_of_the_papers():

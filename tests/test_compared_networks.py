@@ -310,7 +310,7 @@ def test_recursions_share_their_weights():
 
 
 @pytest.fixture(scope="module")
-def test_slice():
+def real_slice():
     """A slice of a test subject and its degraded self, as evaluation sees them."""
     if not DATA.is_dir():
         pytest.skip("needs ../shared/data/ds002748")
@@ -322,11 +322,11 @@ def test_slice():
 
 
 @pytest.mark.parametrize("name", ["fast", *sorted(file.stem for file in (ROOT / "models" / "baselines").glob("*.pt"))])
-def test_shipped_weights_improve_on_bicubic_interpolation(name, test_slice):
+def test_shipped_weights_improve_on_bicubic_interpolation(name, real_slice):
     file = ROOT / "models" / ("fast/model.pt" if name == "fast" else f"baselines/{name}.pt")
     network = overlay(name)
     network.load_state_dict(torch.load(file, weights_only=True))
-    image, truth = test_slice
+    image, truth = real_slice
     with torch.no_grad():
         gain = psnr(network.eval()(image), truth) - psnr(image, truth)
     assert float(gain) > 2

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from monai.inferers import Inferer, SliceInferer
+from monai.inferers import Inferer, SimpleInferer, SliceInferer
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -16,10 +16,35 @@ from .degradation import phases
 from .errors import switch
 from .memory import release_freed_memory
 
-__all__ = ["ForegroundInferer", "OrthogonalSlices", "foreground_box"]
+__all__ = ["AutocastInferer", "ForegroundInferer", "OrthogonalSlices", "foreground_box"]
 
 BLOCK = 4  # pixels; boxes start at multiples, so that networks which unshuffle by 2 or 4 group the pixels as in the whole slice
 MAX_PIXELS = 512 * 192  # computed at once: the feature maps of larger boxes would need more memory than whole volumes
+
+
+class AutocastInferer(SimpleInferer):
+    """The network on whole patches, its convolutions in bfloat16 if asked to; weights, result and gradients stay float32.
+
+    MONAI's engines have mixed precision on GPUs alone (``amp``). A CPU that computes in bfloat16 (``avx512_bf16`` or ``amx_bf16`` among its
+    flags) trains about twice as fast by it (``scripts/benchmark.py --training``); on any other it is emulated, and many times slower.
+
+    Args:
+        bfloat16: whether to.
+
+    Raises:
+        InputError: when ``bfloat16`` is not a switch.
+    """
+
+    def __init__(self, bfloat16: bool | str = False) -> None:
+        super().__init__()
+        self.bfloat16 = switch("bfloat16", bfloat16)
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        """(N, C, H, W) -> what the network makes of it, as float32."""
+        if not self.bfloat16:  # as the engine has it
+            return super().__call__(inputs, network, *args, **kwargs)
+        with torch.autocast(inputs.device.type, torch.bfloat16):
+            return super().__call__(inputs, network, *args, **kwargs).float()
 
 
 class ForegroundInferer(SliceInferer):

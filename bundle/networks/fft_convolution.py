@@ -32,6 +32,8 @@ class FFTConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H, W)."""
+        if torch.is_autocast_enabled(input.device.type):  # direct in half precision: as fast, and spectra would be rounded more than once
+            return super().forward(input)
         margin = self.kernel_size[0] // 2
         height, width = input.shape[-2:]
         if max(height, width) <= TILE:

@@ -126,7 +126,7 @@ class Run:
         middle = (first + last) // 2
         trial = given.patches is not None and given.patches < 1000
         self.axial_slices = given.axial_slices or ([middle, middle] if trial else [first, last])
-        self.budget = {**budget_of(given.epochs, given.patches, self.volumes), "bfloat16": given.bfloat16}
+        self.budget, self.bfloat16 = budget_of(given.epochs, given.patches, self.volumes), given.bfloat16
         settings = {"dataset": self.dataset.stem, "scale": self.scale, "axial_slices": self.axial_slices, **self.budget}
         path = self.output_dir / "settings.json"
         if path.exists() and (earlier := json.loads(path.read_text())) != settings:
@@ -141,7 +141,7 @@ class Run:
     def train(self, name: str, seed: int) -> None:
         """Train, and keep the weights as they are shipped: in half precision."""
         folder = self.folder(name, seed)
-        self._bundle_run(name, folder, "train", resume=True, seed=seed, **self.budget)
+        self._bundle_run(name, folder, "train", resume=True, seed=seed, bfloat16=self.bfloat16, **self.budget)
         weights = torch.load(folder / "models" / "model.pt", map_location="cpu", weights_only=True)
         halves = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
         write_whole(folder / "weights.pt", lambda path: torch.save(halves, path))

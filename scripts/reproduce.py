@@ -12,7 +12,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bundle.degradation import degrade
 from bundle.errors import InputError, report_in_one_line
 from bundle.figures import Panel, save_panels
-from bundle.files import write_whole
+from bundle.files import write_json, write_whole
 from bundle.metrics import psnr, ssim
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -91,7 +91,7 @@ def arguments() -> argparse.Namespace:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--epochs", type=int, help="the paper's (900 patches a volume, batch 64), x 0.1 after each third; 90 if no budget")
     budget.add_argument("--patches", type=int, help="patches in all, batch 16, x 0.1 after 70 and 90 %% of them: for a CPU")
-    parser.add_argument("--bfloat16", action="store_true", help="train in bfloat16: twice as fast on a CPU that has it, see docs/training.md")
+    parser.add_argument("--bfloat16", action="store_true", help="train in bfloat16, twice as fast on a CPU that has it (docs/training.md)")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each network, with seeds 0, 1, ...")
     parser.add_argument("--scale", type=int, default=2, help="factor")
     parser.add_argument(
@@ -158,7 +158,7 @@ class Run:
         write_json(self.output_dir / "results.json", results)
         write_whole(self.output_dir / "results.md", lambda path: path.write_text(table(results), encoding="utf-8"))
         self._draw_comparison(results)
-        self._draw_curves()
+        self._draw_curves(results["methods"])
         print(f"\n{table(results)}\nresults and figures in {self.output_dir}")
 
     def cost(self, name: str, task: str) -> float:
@@ -231,6 +231,7 @@ class Run:
                 method["multiply_adds_per_pixel"] = multiply_adds(network)
                 method["patches"] = self.budget["max_epochs"] * self.budget["patches_per_volume"] * self.volumes
                 method["seconds_per_slice"] = self._predict(name, given)[1]
+                method["training_curve"] = curve(losses_of(self.folder(name, seeds[0])), self.budget["batch_size"])
             methods[name] = method
         for name, method in methods.items():
             for metric in METRICS:
@@ -283,17 +284,13 @@ class Run:
             panels.append(Panel(title, result[0, 0], error=(result - truth).abs()[0, 0]))
         save_panels(self.output_dir / "comparison.png", panels, zoom=0.25, columns=6)
 
-    def _draw_curves(self) -> None:
-        """Training loss against patches, smoothed."""
+    def _draw_curves(self, methods: dict[str, dict]) -> None:
+        """Training loss against patches."""
         figure = Figure(figsize=(8, 5), layout="constrained")
         axis = figure.subplots()
-        for name, title in NETWORKS.items():
-            losses = [loss for folder in sorted((self.output_dir / name).glob("seed0")) for loss in losses_of(folder)]
-            if len(losses) > 1:
-                steps, values = np.array(sorted(dict(losses).items())).T
-                window = max(1, len(values) // 50)
-                smooth = np.convolve(values, np.ones(window) / window, "valid")
-                axis.plot(steps[window - 1 :] * self.budget["batch_size"], smooth, label=title, linewidth=1)
+        for name, method in methods.items():
+            if method.get("training_curve"):
+                axis.plot(*zip(*method["training_curve"]), label=NETWORKS[name], linewidth=1)
         if axis.lines:
             axis.set(xlabel="patches", ylabel="training loss, 8-bit levels squared (and TV, if any)", yscale="log")
             for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
@@ -363,6 +360,13 @@ def table(results: dict) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def curve(losses: Iterable[tuple[int, float]], batch_size: int, points: int = 100) -> list[tuple[int, float]]:
+    """(patches seen, mean loss since the point before) at up to ``points`` places of a training."""
+    known = np.array(sorted(dict(losses).items())).reshape(-1, 2)  # a step done again after an interruption counts once
+    parts = [part for part in np.array_split(known, points) if len(part)]
+    return [(int(part[-1, 0]) * batch_size, float(part[:, 1].mean())) for part in parts]
+
+
 def losses_of(folder: Path) -> Iterator[tuple[int, float]]:
     """(step, training loss) from TensorBoard's files, those of an interrupted training included."""
     for file in sorted(folder.glob("events.out.tfevents*")):
@@ -370,10 +374,6 @@ def losses_of(folder: Path) -> Iterator[tuple[int, float]]:
         events.Reload()
         if "loss" in events.Tags()["scalars"]:
             yield from ((event.step, event.value) for event in events.Scalars("loss"))
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8"))
 
 
 def minutes(seconds: float) -> str:

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from bundle.degradation import phases
 from bundle.errors import InputError
-from bundle.inferers import ForegroundInferer, OrthogonalSlices, foreground_box
-from bundle.networks import RCAN, MultiScaleResidualNet
+from bundle.inferers import AutocastInferer, ForegroundInferer, OrthogonalSlices, foreground_box
+from bundle.networks import RCAN, MultiScaleResidualNet, use_fft_convolutions
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "inference.json")
 WHOLE = {"roi_size": (-1, -1), "spatial_dim": 2}
@@ -244,3 +244,24 @@ def test_planes_across_thick_slices_are_told_the_factors_of_their_axes():
     for part, expected in ((2, (1 / 2 + 1 / 1.5) / 2), (5, 1 / 4)):  # 1 / factor of rows and columns, mean of both families
         result = OrthogonalSlices(phases=True)(inputs, lambda x, part=part: x[:, part + 1 : part + 2])
         torch.testing.assert_close(torch.as_tensor(result), torch.full((1, 1, 12, 14, 16), expected))
+
+
+@pytest.mark.parametrize("fft", [False, True])
+def test_bfloat16_is_near_float32_and_stays_inside_the_network(fft):
+    network = random_network(MultiScaleResidualNet(features=32))
+    if fft:
+        use_fft_convolutions(network)
+    patches = volume()[..., 2]
+    results, gradients = [], []
+    for bfloat16 in (False, "true"):
+        network.zero_grad()
+        results.append(AutocastInferer(bfloat16)(patches, network))
+        results[-1].square().mean().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in network.parameters()]))
+    exact, rounded = results
+    assert rounded.dtype == gradients[1].dtype == next(network.parameters()).dtype == torch.float32
+    assert torch.equal(exact, network(patches))
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.02  # 8 significant bits
+    assert F.cosine_similarity(*gradients, dim=0) > 0.999
+    with pytest.raises(InputError, match="bfloat16 must be true or false, got 'yes'"):
+        AutocastInferer("yes")

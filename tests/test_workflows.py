@@ -125,6 +125,14 @@ def test_training_starts_from_given_weights(data, trained, tmp_path):
     assert reason(error.value) == f"{tmp_path / 'none.pt'}: No such file or directory"
 
 
+def test_training_in_bfloat16_ends_near_that_in_float32(data, trained, tmp_path):
+    run("train", dataset_dir=str(data), output_dir=str(tmp_path), bfloat16="true", **SMALL)
+    exact, rounded = (torch.load(folder / "models" / "last.pt", weights_only=True) for folder in (trained, tmp_path))
+    assert not same_tensors(exact["network"], rounded["network"])
+    assert same_tensors(exact["network"], rounded["network"], tolerance=0.002)
+    assert rounded["best"] == pytest.approx(exact["best"], abs=0.01)  # dB of the validation subjects
+
+
 def test_a_new_training_does_not_overwrite_an_old_one(data, trained):
     with pytest.raises(RuntimeError) as error:
         run("train", dataset_dir=str(data), output_dir=str(trained), **SMALL)

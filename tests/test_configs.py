@@ -56,7 +56,7 @@ def test_required_packages_are_dependencies():
 
 def test_training_and_inference_agree():
     train, inference = config("train"), config("inference")
-    for key in ("network_def", "network", "device", "bundle_root", "fft_convolutions", "reader", "scale"):
+    for key in ("network_def", "network", "device", "bundle_root", "fft_convolutions", "reader", "scale", "checkpoint"):
         assert train[key] == inference[key], key
     # loading and orientation are the same; training clips what inference must not
     a, b = (c["preprocessing"]["transforms"] for c in (train, inference))
@@ -66,6 +66,15 @@ def test_training_and_inference_agree():
     assert slices in a and slices in b
     for key in ("roi_size", "spatial_dim"):
         assert train["validate"]["inferer"][key] == inference["inferer"][key]
+
+
+@pytest.mark.parametrize(
+    "files", [["train", "networks/no_tv", "evaluate"], ["train", "evaluate", "networks/no_tv"], ["inference", "networks/no_tv"]]
+)
+def test_an_overlay_brings_its_weights_wherever_it_stands(files):
+    parser = ConfigParser()
+    parser.read_config([CONFIGS / f"{name}.json" for name in files])
+    assert Path(parser.get_parsed_content("checkpoint")) == CONFIGS.parent / "models" / "baselines" / "no_tv.pt"
 
 
 def test_ranges_are_measured_on_what_inference_compares():

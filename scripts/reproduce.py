@@ -174,8 +174,11 @@ class Run:
         return parsed(*self._configs(name)).get_parsed_content("network_def")
 
     def _configs(self, name: str, *between: str) -> list[str]:
-        overlays = [*between, *([] if name == "proposed" else [f"networks/{name}"])]
-        return [str(path) for path in (CONFIGS / "train.json", self.dataset, *(CONFIGS / f"{overlay}.json" for overlay in overlays))]
+        return [
+            str(CONFIGS / "train.json"),
+            str(self.dataset),
+            *(str(CONFIGS / f"{overlay}.json") for overlay in (*between, f"networks/{name}")),
+        ]
 
     def _bundle_run(self, name: str, output_dir: Path, task: str, **overrides) -> None:
         configs = self._configs(name, *(["evaluate"] if task == "evaluate" else []))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -221,7 +222,9 @@ class Run:
                 continue
             summaries = [json.loads((self.folder(name, seed) / "evaluation" / "summary.json").read_text()) for seed in seeds]
             subjects = {
-                volume: {metric: float(np.mean([s["volumes"][volume][metric] for s in summaries])) for metric in METRICS}
+                os.path.relpath(volume, self.dataset_dir): {
+                    metric: float(np.mean([s["volumes"][volume][metric] for s in summaries])) for metric in METRICS
+                }
                 for volume in summaries[0]["volumes"]
             }
             method: dict = {"seeds": seeds, "subjects": subjects}

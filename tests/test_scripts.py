@@ -141,7 +141,10 @@ def test_a_killed_comparison_does_only_what_is_missing(comparison, monkeypatch, 
     results = json.loads((output_dir / "results.json").read_text())
     assert list(results["methods"]) == ["nearest", "bilinear", "bicubic", "fsrcnn", "srcnn"]
     assert (output_dir / "results.md").read_text() in printed
+    curve = results["methods"]["srcnn"]["training_curve"]
+    assert [patches for patches, _ in curve] == [16, 32, 48, 64, 80, 96] and all(loss > 0 for _, loss in curve)
     for method in results["methods"].values():
+        assert list(method["subjects"]) == ["sub-4.nii.gz", "sub-5.nii.gz"]
         psnr = [subject["psnr"] for subject in method["subjects"].values()]
         assert len(psnr) == 2
         assert f"{np.mean(psnr):.2f} ± {np.std(psnr, ddof=1):.2f}" in printed

@@ -26,7 +26,7 @@ class AutocastInferer(SimpleInferer):
     """The network on whole patches, its convolutions in bfloat16 if asked to; weights, result and gradients stay float32.
 
     MONAI's engines have mixed precision on GPUs alone (``amp``). A CPU that computes in bfloat16 (``avx512_bf16`` or ``amx_bf16`` among its
-    flags) trains about twice as fast by it (``scripts/benchmark.py --training``); on any other it is emulated, and many times slower.
+    flags) trains nearly twice as fast by it (docs/performance.md, "Convolution algorithms"); others emulate it, and are many times slower.
 
     Args:
         bfloat16: whether to.

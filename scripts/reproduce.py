@@ -175,11 +175,8 @@ class Run:
         return parsed(*self._configs(name)).get_parsed_content("network_def")
 
     def _configs(self, name: str, *between: str) -> list[str]:
-        return [
-            str(CONFIGS / "train.json"),
-            str(self.dataset),
-            *(str(CONFIGS / f"{overlay}.json") for overlay in (*between, f"networks/{name}")),
-        ]
+        overlays = [CONFIGS / f"{overlay}.json" for overlay in (*between, f"networks/{name}")]
+        return [str(path) for path in (CONFIGS / "train.json", self.dataset, *overlays)]
 
     def _bundle_run(self, name: str, output_dir: Path, task: str, **overrides) -> None:
         configs = self._configs(name, *(["evaluate"] if task == "evaluate" else []))

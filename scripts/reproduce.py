@@ -128,6 +128,7 @@ class Run:
         trial = given.patches is not None and given.patches < 1000
         self.axial_slices = given.axial_slices or ([middle, middle] if trial else [first, last])
         self.budget, self.bfloat16 = budget_of(given.epochs, given.patches, self.volumes), given.bfloat16
+        self.patches = self.budget["max_epochs"] * self.budget["patches_per_volume"] * self.volumes
         settings = {"dataset": self.dataset.stem, "scale": self.scale, "axial_slices": self.axial_slices, **self.budget}
         path = self.output_dir / "settings.json"
         if path.exists() and (earlier := json.loads(path.read_text())) != settings:
@@ -145,6 +146,7 @@ class Run:
         self._bundle_run(name, folder, "train", resume=True, seed=seed, bfloat16=self.bfloat16, **self.budget)
         weights = torch.load(folder / "models" / "model.pt", map_location="cpu", weights_only=True)
         halves = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
+        write_json(folder / "training.json", {"patches": self.patches, "precision": "bfloat16" if self.bfloat16 else "float32"})
         write_whole(folder / "weights.pt", lambda path: torch.save(halves, path))
 
     def evaluate(self, name: str, seed: int) -> None:
@@ -164,9 +166,9 @@ class Run:
 
     def cost(self, name: str, task: str) -> float:
         """Multiply-adds per pixel times pixels, forward and backward; of an interpolation, about its loading time."""
-        patches = 3 * self.budget["max_epochs"] * self.budget["patches_per_volume"] * self.volumes * 31**2
         slices = 10 * (self.axial_slices[1] - self.axial_slices[0] + 1) * 200**2
-        return 0.1 * slices if name in INTERPOLATIONS else multiply_adds(self.network(name)) * (patches if task == "train" else slices)
+        pixels = 3 * self.patches * 31**2 if task == "train" else slices
+        return 0.1 * slices if name in INTERPOLATIONS else multiply_adds(self.network(name)) * pixels
 
     def folder(self, name: str, seed: int) -> Path:
         return self.output_dir / name / f"seed{seed}"
@@ -228,11 +230,13 @@ class Run:
             for metric in METRICS:
                 values = [subject[metric] for subject in subjects.values()]
                 method[metric] = {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
+                # one training may differ from the next by more than one network from another
+                method[metric]["of_each_seed"] = [float(np.mean([v[metric] for v in s["volumes"].values()])) for s in summaries]
             if name in NETWORKS:
                 network = self.network(name)
                 method["parameters"] = sum(p.numel() for p in network.parameters())
                 method["multiply_adds_per_pixel"] = multiply_adds(network)
-                method["patches"] = self.budget["max_epochs"] * self.budget["patches_per_volume"] * self.volumes
+                method |= json.loads((self.folder(name, seeds[0]) / "training.json").read_text())
                 method["seconds_per_slice"] = self._predict(name, given)[1]
                 method["training_curve"] = curve(losses_of(self.folder(name, seeds[0])), self.budget["batch_size"])
             methods[name] = method
@@ -344,16 +348,18 @@ def table(results: dict) -> str:
     """Markdown table of the results, and the paper's figures beside them where it has some."""
     paper = PAPER.get(results["dataset"], {})
     header = ["method", "PSNR, dB", "SSIM", "gain, dB", "PSNR minus proposed, dB [95 %]"]
-    header += ["parameters", "M multiply-adds / pixel", "s / slice"] + (["paper"] if paper else [])
+    header += ["patches seen", "parameters", "M multiply-adds / pixel", "s / slice"] + (["paper"] if paper else [])
     lines = [header]
     for name, m in results["methods"].items():
         difference = m["psnr"].get("difference_to_proposed")
+        seeds = f", {len(m['seeds'])} seeds" if len(m["seeds"]) > 1 else ""
         line = [
             {**INTERPOLATIONS, **NETWORKS}[name],
             f"{m['psnr']['mean']:.2f} ± {m['psnr']['std']:.2f}",
             f"{m['ssim']['mean']:.4f} ± {m['ssim']['std']:.4f}",
             f"{m['psnr']['gain']:+.2f}" if "gain" in m["psnr"] else "",
             "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(**difference) if difference else "",
+            f"{m['patches']:,} in {m['precision']}{seeds}" if "parameters" in m else "",
             f"{m['parameters']:,}" if "parameters" in m else "",
             f"{m['multiply_adds_per_pixel'] / 1e6:.3f}" if "parameters" in m else "",
             f"{m['seconds_per_slice']:.3f}" if "parameters" in m else "",

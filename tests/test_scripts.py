@@ -148,8 +148,11 @@ def test_a_killed_comparison_does_only_what_is_missing(comparison, monkeypatch, 
         psnr = [subject["psnr"] for subject in method["subjects"].values()]
         assert len(psnr) == 2
         assert f"{np.mean(psnr):.2f} ± {np.std(psnr, ddof=1):.2f}" in printed
+        assert method["psnr"]["of_each_seed"] == [pytest.approx(np.mean(psnr))]
         assert method["psnr"]["gain"] == pytest.approx(method["psnr"]["mean"] - results["methods"]["bicubic"]["psnr"]["mean"])
-    assert results["methods"]["srcnn"]["parameters"] == 57_281
+    srcnn = results["methods"]["srcnn"]
+    assert (srcnn["parameters"], srcnn["patches"], srcnn["precision"]) == (57_281, 96, "float32")
+    assert "| 96 in float32 | 57,281 |" in printed
     for picture in ("comparison.png", "training_curves.png"):
         with Image.open(output_dir / picture) as image:
             assert image.width > 500

@@ -30,8 +30,9 @@ SMALL = {
 
 
 def overlay(name):
-    """The network as ``configs/networks/<name>.json`` sets it up."""
-    parser = ConfigParser(json.loads((OVERLAYS / f"{name}.json").read_text()))
+    """The network as ``configs/networks/<name>.json`` sets it up; an ablation may leave train.json's as it is."""
+    parser = ConfigParser()
+    parser.read_config([ROOT / "configs" / "train.json", OVERLAYS / f"{name}.json"])
     return parser.get_parsed_content("network_def")
 
 

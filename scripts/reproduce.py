@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cycler import cycler
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from monai import bundle
 from monai.bundle import ConfigParser
@@ -295,6 +297,7 @@ class Run:
         """Training loss against patches."""
         figure = Figure(figsize=(8, 5), layout="constrained")
         axis = figure.subplots()
+        axis.set_prop_cycle(cycler(linestyle=["-", "--"]) * rcParams["axes.prop_cycle"])
         for name, method in methods.items():
             if method.get("training_curve"):
                 axis.plot(*zip(*method["training_curve"]), label=NETWORKS[name], linewidth=1)

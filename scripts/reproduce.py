@@ -148,7 +148,7 @@ class Run:
         self._bundle_run(name, folder, "train", resume=True, seed=seed, bfloat16=self.bfloat16, **self.budget)
         weights = torch.load(folder / "models" / "model.pt", map_location="cpu", weights_only=True)
         halves = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
-        write_json(folder / "training.json", {"patches": self.patches, "precision": "bfloat16" if self.bfloat16 else "float32"})
+        write_json(folder / "training.json", {"precision": "bfloat16" if self.bfloat16 else "float32"})
         write_whole(folder / "weights.pt", lambda path: torch.save(halves, path))
 
     def evaluate(self, name: str, seed: int) -> None:
@@ -167,10 +167,12 @@ class Run:
         print(f"\n{table(results)}\nresults and figures in {self.output_dir}")
 
     def cost(self, name: str, task: str) -> float:
-        """Multiply-adds per pixel times pixels, forward and backward; of an interpolation, about its loading time."""
-        slices = 10 * (self.axial_slices[1] - self.axial_slices[0] + 1) * 200**2
-        pixels = 3 * self.patches * 31**2 if task == "train" else slices
-        return 0.1 * slices if name in INTERPOLATIONS else multiply_adds(self.network(name)) * pixels
+        """Seconds, roughly, on two CPU cores; the remaining time is scaled by what the finished steps took."""
+        if name in INTERPOLATIONS:
+            return 8  # nearly all of it loads the volumes
+        slices = 10 * (self.axial_slices[1] - self.axial_slices[0] + 1)
+        pixels = 3 * self.patches * 31**2 if task == "train" else slices * 200**2  # 3: forward, and backward to input and to weights
+        return 2 + multiply_adds(self.network(name)) * pixels / 3e11
 
     def folder(self, name: str, seed: int) -> Path:
         return self.output_dir / name / f"seed{seed}"
@@ -238,7 +240,8 @@ class Run:
                 network = self.network(name)
                 method["parameters"] = sum(p.numel() for p in network.parameters())
                 method["multiply_adds_per_pixel"] = multiply_adds(network)
-                method |= json.loads((self.folder(name, seeds[0]) / "training.json").read_text())
+                method["patches"] = self.patches
+                method["precision"] = json.loads((self.folder(name, seeds[0]) / "training.json").read_text())["precision"]
                 method["seconds_per_slice"] = self._predict(name, given)[1]
                 method["training_curve"] = curve(losses_of(self.folder(name, seeds[0])), self.budget["batch_size"])
             methods[name] = method

@@ -95,6 +95,7 @@ def arguments() -> argparse.Namespace:
     budget.add_argument("--epochs", type=int, help="the paper's (900 patches a volume, batch 64), x 0.1 after each third; 90 if no budget")
     budget.add_argument("--patches", type=int, help="patches in all, batch 16, x 0.1 after 70 and 90 %% of them: for a CPU")
     parser.add_argument("--bfloat16", action="store_true", help="train in bfloat16, twice as fast on a CPU that has it (docs/training.md)")
+    parser.add_argument("--learning_rate", type=float, help="instead of the overlays' own, for --networks that diverge on these data")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each network, with seeds 0, 1, ...")
     parser.add_argument("--scale", type=int, default=2, help="factor")
     parser.add_argument(
@@ -123,6 +124,7 @@ class Run:
         self.dataset, self.dataset_dir, self.output_dir = given.dataset, given.dataset_dir, given.output_dir
         self.networks = [name for name in NETWORKS if name in given.networks]
         self.seeds, self.scale = given.seeds, given.scale
+        self.rate = {} if given.learning_rate is None else {"learning_rate": given.learning_rate}
         parser = parsed(*self._configs("proposed"), dataset_dir=self.dataset_dir)
         self.volumes = len(parser.get_parsed_content("train_datalist"))
         first, last = parser.get_parsed_content("axial_slices")
@@ -145,10 +147,12 @@ class Run:
     def train(self, name: str, seed: int) -> None:
         """Train, and keep the weights as they are shipped: in half precision."""
         folder = self.folder(name, seed)
-        self._bundle_run(name, folder, "train", resume=True, seed=seed, bfloat16=self.bfloat16, **self.budget)
+        settings = {"bfloat16": self.bfloat16, **self.rate, **self.budget}
+        self._bundle_run(name, folder, "train", resume=True, seed=seed, **settings)
         weights = torch.load(folder / "models" / "model.pt", map_location="cpu", weights_only=True)
         halves = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
-        write_json(folder / "training.json", {"precision": "bfloat16" if self.bfloat16 else "float32"})
+        rate = parsed(*self._configs(name), **settings).get_parsed_content("learning_rate")
+        write_json(folder / "training.json", {"precision": "bfloat16" if self.bfloat16 else "float32", "learning_rate": rate})
         write_whole(folder / "weights.pt", lambda path: torch.save(halves, path))
 
     def evaluate(self, name: str, seed: int) -> None:
@@ -241,7 +245,7 @@ class Run:
                 method["parameters"] = sum(p.numel() for p in network.parameters())
                 method["multiply_adds_per_pixel"] = multiply_adds(network)
                 method["patches"] = self.patches
-                method["precision"] = json.loads((self.folder(name, seeds[0]) / "training.json").read_text())["precision"]
+                method |= json.loads((self.folder(name, seeds[0]) / "training.json").read_text())
                 method["seconds_per_slice"] = self._predict(name, given)[1]
                 method["training_curve"] = curve(losses_of(self.folder(name, seeds[0])), self.budget["batch_size"])
             methods[name] = method

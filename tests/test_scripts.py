@@ -117,7 +117,7 @@ def comparison(tmp_path_factory) -> list[str]:
         toy.write_nifti(folder / "data" / f"sub-{n}.nii.gz", toy.head(seed=n))
     (folder / "toy.json").write_text(json.dumps({"axial_slices": [1, 4], "split": [2, 1, 2], "val_interval": 3}))
     arguments = ["--dataset", str(folder / "toy.json"), "--dataset_dir", str(folder / "data"), "--output_dir", str(folder / "RUN")]
-    arguments += ["--networks", "fsrcnn", "srcnn", "--axial_slices", "2", "3", "--patches", "96"]
+    arguments += ["--networks", "fsrcnn", "srcnn", "--axial_slices", "2", "3", "--learning_rate", "0.0007", "--patches", "96"]
     process = subprocess.Popen(
         [sys.executable, str(SCRIPTS / "reproduce.py"), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -151,7 +151,7 @@ def test_a_killed_comparison_does_only_what_is_missing(comparison, monkeypatch, 
         assert method["psnr"]["of_each_seed"] == [pytest.approx(np.mean(psnr))]
         assert method["psnr"]["gain"] == pytest.approx(method["psnr"]["mean"] - results["methods"]["bicubic"]["psnr"]["mean"])
     srcnn = results["methods"]["srcnn"]
-    assert (srcnn["parameters"], srcnn["patches"], srcnn["precision"]) == (57_281, 96, "float32")
+    assert (srcnn["parameters"], srcnn["patches"], srcnn["precision"], srcnn["learning_rate"]) == (57_281, 96, "float32", 0.0007)
     assert "| 96 in float32 | 57,281 |" in printed
     for picture in ("comparison.png", "training_curves.png"):
         with Image.open(output_dir / picture) as image:

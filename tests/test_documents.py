@@ -33,7 +33,11 @@ def test_commands_run_as_they_stand(page, tmp_path, monkeypatch):
     for folder in ("configs", "models"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     for n in range(1, 6):
-        toy.write_nifti(tmp_path / "DATA" / f"sub-{n}.nii.gz", toy.head((40, 36, 20), seed=n))
+        for volume in (f"DATA/sub-{n}.nii.gz", f"BRATS/sub-{n}_t1ce.nii.gz"):
+            toy.write_nifti(tmp_path / volume, toy.head((40, 36, 20), seed=n))
+    of_reproduce = tmp_path / "RUN" / "brats" / "drrn" / "seed0" / "weights.pt"
+    of_reproduce.parent.mkdir(parents=True)
+    of_reproduce.symlink_to(ROOT / "models" / "baselines" / "drrn.pt")
     toy.write_nifti(tmp_path / "scan.nii.gz")
     toy.write_nifti(tmp_path / "thick.nii.gz", to_world=toy.affine((1, 1, 4)))
     arguments = commands(page)

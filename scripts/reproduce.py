@@ -148,11 +148,16 @@ class Run:
         """Train, and keep the weights as they are shipped: in half precision."""
         folder = self.folder(name, seed)
         settings = {"bfloat16": self.bfloat16, **self.rate, **self.budget}
+        rate = parsed(*self._configs(name), **settings).get_parsed_content("learning_rate")
+        training = {"precision": "bfloat16" if self.bfloat16 else "float32", "learning_rate": rate}
+        path = folder / "training.json"
+        # an optimizer that is loaded goes on at its old rate
+        if path.exists() and (earlier := json.loads(path.read_text())) != training:
+            raise InputError(f"{folder} holds a training begun with {earlier}, not {training}: give it the same options, or delete it")
+        write_json(path, training)
         self._bundle_run(name, folder, "train", resume=True, seed=seed, **settings)
         weights = torch.load(folder / "models" / "model.pt", map_location="cpu", weights_only=True)
         halves = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
-        rate = parsed(*self._configs(name), **settings).get_parsed_content("learning_rate")
-        write_json(folder / "training.json", {"precision": "bfloat16" if self.bfloat16 else "float32", "learning_rate": rate})
         write_whole(folder / "weights.pt", lambda path: torch.save(halves, path))
 
     def evaluate(self, name: str, seed: int) -> None:

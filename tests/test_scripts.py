@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,16 @@ def test_a_killed_comparison_does_only_what_is_missing(comparison, monkeypatch, 
 def test_a_comparison_with_other_settings_is_not_mixed_in(comparison, monkeypatch):
     with pytest.raises(InputError, match=r"holds a run with other settings \(.*choose another --output_dir"):
         run(monkeypatch, "reproduce.py", *comparison[:-1], "200")
+
+
+def test_a_training_is_not_continued_at_another_rate(comparison, monkeypatch, tmp_path):
+    shutil.copytree(comparison[5], tmp_path / "RUN", ignore=shutil.ignore_patterns("weights.pt"))  # as if killed while it trained
+    with pytest.raises(InputError, match=r"fsrcnn.seed0 holds a training begun with .*0\.0007.*, not .*0\.001"):
+        run(
+            monkeypatch,
+            "reproduce.py",
+            *[{comparison[5]: str(tmp_path / "RUN"), "0.0007": "0.001"}.get(given, given) for given in comparison],
+        )
 
 
 def test_paired_differences_have_the_interval_of_a_t_test():

@@ -1,7 +1,10 @@
 """Every workflow that README.md and docs/ tell to run, run as it stands there, on toy volumes and with a toy's settings."""
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import monai.bundle
@@ -50,3 +53,24 @@ def test_commands_run_as_they_stand(page, tmp_path, monkeypatch):
                 small = {**small, "axial_slices": [2, 3]}
         monai.bundle.run(logging_file=False, meta_file=str(ROOT / "configs" / "metadata.json"), **{**given, **small})
         assert any((tmp_path / given["output_dir"]).rglob("*.*")), given
+
+
+def test_the_page_tells_the_error_inside_the_brain_from_that_at_its_edge(tmp_path):
+    for n in range(1, 6):
+        toy.write_nifti(tmp_path / f"sub-{n}_t1ce.nii.gz", toy.head((40, 36, 20), seed=n))
+    settings = {**SMALL, "axial_slices": [8, 12]}
+    program = re.search(r"<<'EOF'\n(.*?)\nEOF", (ROOT / "docs" / "results.md").read_text(), re.S)[1]
+    program = program.replace('config["dataset_dir"] = dataset_dir', f"config.update({settings | {'dataset_dir': str(tmp_path)}})")
+    weights = [f"{name}={ROOT}/models/baselines/{name}.pt" for name in ("srcnn", "fsrcnn")]
+    run = subprocess.run([sys.executable, "-c", program, "", *weights], cwd=ROOT, capture_output=True, text=True, check=True)
+    srcnn, fsrcnn = ([float(number) for number in re.findall(r"[ (]([-+.0-9]+)(?= dB| to|\))", line)] for line in run.stdout.splitlines())
+
+    configs = [str(ROOT / "configs" / f"{name}.json") for name in ("train", "datasets/brats2018", "evaluate", "networks/fsrcnn")]
+    evaluation = {"dataset_dir": str(tmp_path), "output_dir": str(tmp_path / "evaluation"), "logging_file": False}
+    monai.bundle.run(config_file=configs, meta_file=str(ROOT / "configs" / "metadata.json"), **settings, **evaluation)
+    found = json.loads((tmp_path / "evaluation" / "summary.json").read_text())["overall"]["psnr"]["mean"]
+    whole, lowest, highest, inside, _, _, edge, _, _ = fsrcnn
+    assert whole == pytest.approx(found, abs=0.006)
+    assert lowest - 0.011 <= whole - srcnn[0] <= highest + 0.011
+    assert set(srcnn[1:3]) == {0}
+    assert edge < whole < inside

@@ -98,6 +98,7 @@ def test_the_paper_s_settings_are_the_defaults():
         ("iseg2017", [131, 160], None, [9, 2, 4]),
         ("alvin", [131, 160], None, [9, 2, 4]),
         ("brats2015", [65, 99], [155, 177], [13, 2, 5]),
+        ("brats2018", [65, 99], [155, 177], [13, 2, 5]),
         ("ds002748", [91, 120], [184, 208], [15, 5, 10]),
     ],
 )
@@ -127,6 +128,15 @@ def test_workflow_has_the_properties_of_a_bundle(files, kind, data):
     )
     workflow.initialize()
     assert workflow.check_properties() == []
+
+
+@pytest.mark.parametrize(("given", "used"), [("false", False), ("true", True), (False, False)])
+@pytest.mark.parametrize(("file", "engine"), [("train", "train::trainer"), ("train", "validate::evaluator"), ("inference", "evaluator")])
+def test_mixed_precision_is_switched_as_the_command_line_says(file, engine, given, used, data, tmp_path):
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / f"{file}.json"))
+    parser.update({"dataset_dir": data, "output_dir": str(tmp_path), "amp": given, **toy.TINY_OVERRIDES})
+    assert parser.get_parsed_content(engine).amp is used
 
 
 def test_servers_need_no_data_folder_for_postprocessing(tmp_path, monkeypatch):

@@ -188,10 +188,10 @@ def test_network_gives_the_same_gradients(size):
     assert_same(results(fft, x), results(plain, x), 1e-9)
 
 
-@pytest.mark.parametrize("fft_convolutions", [False, True])
-def test_prepare_switches_only_when_asked(fft_convolutions):
-    network = prepare(MultiScaleResidualNet(features=32, num_modules=1), torch.device("cpu"), fft_convolutions)
-    assert any(isinstance(m, FFTConv2d) for m in network.modules()) is fft_convolutions
+@pytest.mark.parametrize("asked, switched", [(False, False), (True, True), ("false", False), ("true", True)])
+def test_prepare_switches_only_when_asked(asked, switched):
+    network = prepare(MultiScaleResidualNet(features=32, num_modules=1), torch.device("cpu"), asked)
+    assert any(isinstance(m, FFTConv2d) for m in network.modules()) is switched
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")

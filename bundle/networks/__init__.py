@@ -3,6 +3,7 @@
 from torch import channels_last, device
 from torch.nn import Module
 
+from ..errors import switch
 from ..memory import keep_freed_memory
 from .drcn import DRCN
 from .drrn import DRRN
@@ -37,10 +38,15 @@ __all__ = [
 ]
 
 
-def prepare(network: Module, device: device, fft_convolutions: bool = False) -> Module:
+def prepare(network: Module, device: device, fft_convolutions: bool | str = False) -> Module:
     """``network`` on ``device``, its weights in the memory format that convolutions run faster in; with its convolutions in the frequency
-    domain if asked to (see :mod:`.fft_convolution`). On a CPU freed memory is kept for the next layer (:mod:`bundle.memory`)."""
+    domain if asked to (see :mod:`.fft_convolution`). On a CPU freed memory is kept for the next layer (:mod:`bundle.memory`).
+
+    Raises:
+        InputError: when ``fft_convolutions`` is not a switch.
+    """
+    in_frequency_domain = switch("fft_convolutions", fft_convolutions)
     if device.type == "cpu":
         keep_freed_memory()
     network = network.to(device, memory_format=channels_last)  # type: ignore[call-overload]
-    return use_fft_convolutions(network) if fft_convolutions else network
+    return use_fft_convolutions(network) if in_frequency_domain else network

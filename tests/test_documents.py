@@ -62,7 +62,7 @@ def test_the_page_tells_the_error_inside_the_brain_from_that_at_its_edge(tmp_pat
     program = re.search(r"<<'EOF'\n(.*?)\nEOF", (ROOT / "docs" / "results.md").read_text(), re.S)[1]
     program = program.replace('config["dataset_dir"] = dataset_dir', f"config.update({settings | {'dataset_dir': str(tmp_path)}})")
     weights = [f"{name}={ROOT}/models/baselines/{name}.pt" for name in ("srcnn", "fsrcnn")]
-    run = subprocess.run([sys.executable, "-c", program, "", *weights], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", program, "brats2018", "", *weights], cwd=ROOT, capture_output=True, text=True, check=True)
     srcnn, fsrcnn = ([float(number) for number in re.findall(r"[ (]([-+.0-9]+)(?= dB| to|\))", line)] for line in run.stdout.splitlines())
 
     configs = [str(ROOT / "configs" / f"{name}.json") for name in ("train", "datasets/brats2018", "evaluate", "networks/fsrcnn")]

@@ -25,8 +25,8 @@ MAX_PIXELS = 512 * 192  # computed at once: the feature maps of larger boxes wou
 class AutocastInferer(SimpleInferer):
     """The network on whole patches, its convolutions in bfloat16 if asked to; weights, result and gradients stay float32.
 
-    MONAI's engines have mixed precision on GPUs alone (``amp``). A CPU that computes in bfloat16 (``avx512_bf16`` or ``amx_bf16`` among its
-    flags) trains nearly twice as fast by it (docs/performance.md, "Convolution algorithms"); others emulate it, and are many times slower.
+    MONAI's engines have mixed precision on GPUs alone (``amp``). Of the CPUs that compute in bfloat16 (``avx512_bf16`` or ``amx_bf16``
+    among their flags), some train nearly twice as fast by it, some slower (docs/training.md); others emulate it, and are many times slower.
 
     Args:
         bfloat16: whether to.

@@ -94,7 +94,7 @@ def arguments() -> argparse.Namespace:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--epochs", type=int, help="the paper's (900 patches a volume, batch 64), x 0.1 after each third; 90 if no budget")
     budget.add_argument("--patches", type=int, help="patches in all, batch 16, x 0.1 after 70 and 90 %% of them: for a CPU")
-    parser.add_argument("--bfloat16", action="store_true", help="train in bfloat16, twice as fast on a CPU that has it (docs/training.md)")
+    parser.add_argument("--bfloat16", action="store_true", help="train in bfloat16: up to twice as fast on some CPUs (docs/training.md)")
     parser.add_argument("--learning_rate", type=float, help="instead of the overlays' own, for --networks that diverge on these data")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each network, with seeds 0, 1, ...")
     parser.add_argument("--scale", type=int, default=2, help="factor")

@@ -24,59 +24,79 @@ class PixelShuffleResidualNet(nn.Module):
         phases: whether the network is told the factor (:func:`bundle.degradation.phases`), which then scales and shifts the features
             of each block (Wang X. et al., CVPR 2018, doi 10.1109/CVPR.2018.00070). It starts out ignoring what it is told, and takes
             weights of a network that was never told.
+        facts: numbers that hold for the whole slice, told as further channels (:func:`bundle.patches.conditions`). With the factors they
+            pass through a small perceptron (32 units), which also scales and shifts the features of each block. 0 for none.
     """
 
-    def __init__(self, features: int = 64, num_blocks: int = 9, stride: int = 2, phases: bool = False) -> None:
+    def __init__(self, features: int = 64, num_blocks: int = 9, stride: int = 2, phases: bool = False, facts: int = 0) -> None:
         super().__init__()
+        if facts and not phases:
+            raise ValueError(f"facts need phases, got facts={facts} and phases={phases}")
         self.stride = stride
         self.shallow = _conv(stride**2, features)
         told = 6 * stride**2 if phases else 0
-        blocks = [ResidualBlock(features, told) for _ in range(num_blocks)]
+        self.embedding = nn.Sequential(nn.Linear(2 + facts, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU()) if facts else None
+        blocks = [ResidualBlock(features, told, 32 if facts else 0) for _ in range(num_blocks)]
         self.deep = nn.ModuleList([*blocks, LastConvolution(features, features, 3, padding=1)])
         self.reconstruct = start_at_zero(_conv(features, stride**2))
+        self.register_load_state_dict_pre_hook(_complete_embedding)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1, H, W) -> (N, 1, H, W), for any H and W: the last row and column are repeated up to a multiple of ``stride``.
 
-        With ``phases``, (N, 7, H, W): the slice, then its phases.
+        With ``phases``, (N, 7, H, W): the slice, then its phases. With ``facts``, (N, 7 + facts, H, W): these too, each constant.
         """
         height, width = x.shape[-2:]
         padded = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
         shallow = deep = self.shallow(F.pixel_unshuffle(padded[:, :1], self.stride))
-        phases = F.pixel_unshuffle(padded[:, 1:], self.stride)
+        phases = F.pixel_unshuffle(padded[:, 1:7], self.stride)
+        facts = x[:, :0, 0, 0] if self.embedding is None else self.embedding(torch.cat([x[:, 3:4, 0, 0], x[:, 6:, 0, 0]], 1))
         for layer in self.deep:
-            deep = layer(deep, phases)
+            deep = layer(deep, phases, facts)
         residual = F.pixel_shuffle(self.reconstruct(shallow + deep), self.stride)
         return x[:, :1] + residual[..., :height, :width]
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, features: int, told: int = 0) -> None:
+    def __init__(self, features: int, told: int = 0, embedded: int = 0) -> None:
         super().__init__()
         self.body = nn.Sequential(_conv(features, features), nn.ReLU(), start_at_zero(_conv(features, features)))
         self.modulation = start_at_zero(nn.Conv2d(told, 2 * features, 1)) if told else None
+        self.adaptation = start_at_zero(nn.Linear(embedded, 2 * features)) if embedded else None
         self.register_load_state_dict_pre_hook(_complete)
 
-    def forward(self, x: Tensor, phases: Tensor) -> Tensor:
-        """(N, features, H, W) -> (N, features, H, W); ``phases`` are (N, told, H, W)."""
+    def forward(self, x: Tensor, phases: Tensor, facts: Tensor) -> Tensor:
+        """(N, features, H, W) -> (N, features, H, W); ``phases`` are (N, told, H, W), ``facts`` (N, embedded)."""
         hidden = self.body[0](x)
         if self.modulation is not None:
-            scale, shift = self.modulation(phases).chunk(2, 1)
+            modulation = self.modulation(phases)
+            if self.adaptation is not None:
+                modulation = modulation + self.adaptation(facts)[:, :, None, None]
+            scale, shift = modulation.chunk(2, 1)
             hidden = torch.addcmul(hidden + shift, hidden, scale)
         return x + self.body[2](self.body[1](hidden))
 
 
 class LastConvolution(nn.Conv2d):
-    def forward(self, x: Tensor, phases: Tensor) -> Tensor:  # type: ignore[override]
-        """(N, features, H, W) -> the same. Takes ``phases`` only because TorchScript goes through layers of one signature."""
+    def forward(self, x: Tensor, phases: Tensor, facts: Tensor) -> Tensor:  # type: ignore[override]
+        """(N, features, H, W) -> the same. Takes ``phases`` and ``facts`` only because TorchScript goes through layers of one signature."""
         return self._conv_forward(x, self.weight, self.bias)
 
 
 def _complete(block: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """Weights of a block that was never told the phases, completed so that it ignores them."""
-    if block.modulation is not None:
-        for key, value in block.modulation.state_dict(prefix=f"{prefix}modulation.").items():  # type: ignore[union-attr, operator]
-            state_dict.setdefault(key, torch.zeros_like(value))
+    """Complete the weights of a block that was never told the phases or the facts, so that it ignores them."""
+    for name in ("modulation", "adaptation"):
+        part = getattr(block, name)
+        if part is not None:
+            for key, value in part.state_dict(prefix=f"{prefix}{name}.").items():
+                state_dict.setdefault(key, torch.zeros_like(value))
+
+
+def _complete_embedding(network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """Complete the weights of a network without facts: its blocks ignore the embedding, so any will do; its own start is kept."""
+    if network.embedding is not None:
+        for key, value in network.embedding.state_dict(prefix=f"{prefix}embedding.").items():  # type: ignore[union-attr, operator]
+            state_dict.setdefault(key, value)
 
 
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:

@@ -1,0 +1,215 @@
+"""What a scanner delivers of high-resolution anatomy: sampling along each axis, noise, magnitude, whole numbers.
+
+An acquisition is separable. Along each axis of an image x, a matrix takes high-resolution samples to measured ones, so that a slice becomes
+
+    y = round(| F_r (S_r x S_c^T + n) F_c^T |)
+
+with the sampling S of :class:`Sampling` (point spread, slice profile, or k-space truncation), complex Gaussian noise n (which the magnitude
+turns into Rician noise: Gudbjartsson & Patz, MRM 1995, doi 10.1002/mrm.1910340618), and the k-space filter F (coverage and apodisation). The
+geometry is that of :mod:`bundle.degradation`: high-resolution index i lies at the measured index (i + 0.5) / factor - 0.5.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .degradation import PIXEL_FRACTION, downsample
+from .errors import InputError
+
+__all__ = ["PROFILES", "WINDOWS", "Acquisition", "Sampling", "acquired_fraction", "alternate_brightness", "kspace_filter", "sampling_matrix"]
+
+PROFILES = ("bicubic", "kspace", "gaussian", "box", "trapezoid")
+WINDOWS = ("none", "hamming", "tukey")
+
+RAMP = 0.3  # of a trapezoid's width at half maximum: each of its slopes
+TAPER = 0.5  # of the half-width of a Tukey window: its cosine part
+STEP = 2.5  # dB: the end of the acquired k-space, on top of the slope of the spectrum
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one axis is sampled.
+
+    Args:
+        factor: distance of the measured samples, in high-resolution ones; at least 1. 1 leaves the axis alone, but for the filter.
+        profile: ``"kspace"``: truncation to the frequencies that the measured samples hold (frequency and phase encoding).
+            ``"gaussian"``, ``"box"``, ``"trapezoid"``: a point spread or slice profile; the trapezoid is that of a selective pulse of
+            finite duration, with slopes of 30 % of its width. ``"bicubic"``: the antialiased kernel of the paper's protocol.
+        width: full width at half maximum of ``"gaussian"``, ``"box"`` and ``"trapezoid"``, in sample distances: the slice thickness over
+            the slice distance. Below 1 there are gaps; above 1 slices overlap.
+        coverage: fraction of the measured k-space that holds data, from its centre; the rest is filled with zeros.
+        window: apodisation of the covered k-space, see :func:`kspace_filter`.
+
+    Raises:
+        InputError: for a value outside of these.
+    """
+
+    factor: float = 1.0
+    profile: str = "kspace"
+    width: float = 1.0
+    coverage: float = 1.0
+    window: str = "none"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.factor) and self.factor >= 1):
+            raise InputError(f"factor must be a number of at least 1, got {self.factor!r}")
+        if self.profile not in PROFILES:
+            raise InputError(f"profile must be one of {PROFILES}, got {self.profile!r}")
+        if not 0 < self.width <= 3:
+            raise InputError(f"width must be in (0, 3], got {self.width!r}")
+        if not 0 < self.coverage <= 1:
+            raise InputError(f"coverage must be in (0, 1], got {self.coverage!r}")
+        if self.window not in WINDOWS:
+            raise InputError(f"window must be one of {WINDOWS}, got {self.window!r}")
+
+    def count(self, size: int) -> int:
+        """Samples that cover an axis of ``size`` high-resolution samples."""
+        return max(1, math.ceil(size / self.factor - PIXEL_FRACTION))
+
+
+@dataclass(frozen=True)
+class Acquisition:
+    """How an image is measured, axis by axis.
+
+    Args:
+        axes: sampling of the last axes of the image, in order.
+        noise: standard deviation of the noise in each of the two channels of the complex image, on the scale of the intensities.
+        brightness: largest relative deviation of a slice's intensity; neighbouring slices of an interleaved sequence deviate in opposite
+            directions. The slices lie along the last axis with a slice profile.
+        step: distance of the whole numbers that a file stores, on the scale of the intensities; 0 does not round.
+
+    Example:
+        >>> scan = Acquisition((Sampling(2), Sampling(2)), noise=0.02)
+        >>> scan(torch.rand(64, 65), np.random.default_rng(0)).shape
+        torch.Size([32, 33])
+    """
+
+    axes: Sequence[Sampling] = field(default_factory=tuple)
+    noise: float = 0.0
+    brightness: float = 0.0
+    step: float = 0.0
+
+    def __call__(self, image: Tensor, random: np.random.Generator | None = None) -> Tensor:
+        """Measured image: (..., n, ...) to (..., ceil(n / factor), ...), not negative, float.
+
+        Args:
+            image: floating point; its last ``len(axes)`` axes are sampled.
+            random: source of noise and brightness; needed where there is either.
+        """
+        random = random or np.random.default_rng()
+        first = image.ndim - len(self.axes)
+        for axis, sampling in enumerate(self.axes, first):
+            if sampling.factor > 1:
+                image = _along(image, axis, sampling_matrix(image.shape[axis], sampling))
+        if self.brightness:
+            axis = first + max((n for n, s in enumerate(self.axes) if s.profile in ("gaussian", "box", "trapezoid")), default=0)
+            gains = alternate_brightness(image.shape[axis], self.brightness, random).to(image)
+            image = image * gains.view(-1, *[1] * (image.ndim - 1 - axis))
+        channels = [image]
+        if self.noise:
+            noise = torch.from_numpy(random.standard_normal((2, *image.shape), dtype=np.float32)).to(image)
+            channels = [image + self.noise * noise[0], self.noise * noise[1]]
+        for axis, sampling in enumerate(self.axes, first):
+            if sampling.coverage < 1 or sampling.window != "none":
+                matrix = kspace_filter(image.shape[axis], sampling.coverage, sampling.window)
+                channels = [_along(channel, axis, matrix) for channel in channels]
+        magnitude = channels[0].abs() if len(channels) == 1 else torch.hypot(*channels)
+        return (magnitude / self.step).round() * self.step if self.step else magnitude
+
+
+@functools.lru_cache(maxsize=64)
+def sampling_matrix(size: int, sampling: Sampling) -> Tensor:
+    """Matrix of a sampling: (count, size), float32; each row sums to 1.
+
+    Where the factor does not divide ``size``, the last high-resolution sample is repeated until the last measured one is covered.
+    """
+    count, factor = sampling.count(size), sampling.factor
+    if sampling.profile in ("bicubic", "kspace"):
+        rows = downsample(torch.eye(size, dtype=torch.float64)[:, :, None], (factor, 1), sampling.profile)
+        return rows[..., 0].T.float().contiguous()
+    padded = max(size, math.ceil(count * factor - PIXEL_FRACTION))
+    # borders of the high-resolution samples, from the centre of each measured one, in widths of the profile
+    borders = np.arange(padded + 1) - 0.5
+    centres = (np.arange(count) + 0.5) * factor - 0.5
+    weights = np.diff(_integral(sampling.profile, (borders - centres[:, None]) / (factor * sampling.width)), axis=1)
+    weights[:, size - 1] = weights[:, size - 1 :].sum(1)
+    weights = weights[:, :size]
+    return torch.from_numpy(weights / weights.sum(1, keepdims=True)).float()
+
+
+@functools.lru_cache(maxsize=64)
+def kspace_filter(size: int, coverage: float = 1.0, window: str = "none") -> Tensor:
+    """Matrix (size, size) that multiplies the spectrum of an axis by a window, and by 0 outside of it.
+
+    Args:
+        size: samples of the axis.
+        coverage: half-width c of the window, as a fraction of the Nyquist frequency.
+        window: ``"none"``: 1. ``"hamming"``: 0.54 + 0.46 cos(pi k / c). ``"tukey"``: 1 up to half of c, then a half period of a cosine
+            to 0. Harris, Proc. IEEE 1978, doi 10.1109/PROC.1978.10837.
+    """
+    k = 2 * np.abs(np.fft.rfftfreq(size)) / coverage
+    if window == "hamming":
+        weights = 0.54 + 0.46 * np.cos(np.pi * k)
+    elif window == "tukey":
+        weights = 0.5 + 0.5 * np.cos(np.pi * ((k - 1 + TAPER) / TAPER).clip(0, 1))
+    else:
+        weights = np.ones_like(k)
+    weights[k > 1 + 1e-9] = 0
+    matrix = np.fft.irfft(np.fft.rfft(np.eye(size), axis=0) * weights[:, None], size, axis=0)
+    return torch.from_numpy(matrix).float()
+
+
+def alternate_brightness(count: int, largest: float, random: np.random.Generator) -> Tensor:
+    """Factors (count,) of the intensities of interleaved slices: odd and even ones deviate in opposite directions, each a little more or
+    less than the others."""
+    deviation = random.uniform(-largest, largest) / 2 * (-1.0) ** np.arange(count) + random.uniform(-largest, largest, count) / 2
+    return torch.from_numpy(1 + deviation)
+
+
+def _integral(profile: str, x: np.ndarray) -> np.ndarray:
+    """Integral of a profile of width 1 and area 1 from its centre to x."""
+    if profile == "gaussian":
+        return torch.erf(2 * math.sqrt(math.log(2)) * torch.from_numpy(x)).numpy() / 2
+    if profile == "box":
+        return x.clip(-0.5, 0.5)
+    flat, end = (1 - RAMP) / 2, (1 + RAMP) / 2  # of the half-width: where a slope begins and ends
+    distance = np.abs(x).clip(0, end)
+    slope = (distance - flat).clip(0)
+    return np.sign(x) * (distance - slope**2 / (2 * RAMP))
+
+
+def _along(image: Tensor, axis: int, matrix: Tensor) -> Tensor:
+    """``matrix`` (m, n) applied along an axis of n samples."""
+    return torch.tensordot(image, matrix.to(image), ([axis], [1])).movedim(-1, axis)
+
+
+def acquired_fraction(image: Tensor, axis: int) -> float:
+    """Fraction of an axis's k-space that was acquired: below 1 where a scanner filled the rest with zeros to make a finer grid.
+
+    Such a spectrum ends in a step, well before the Nyquist frequency, while that of anatomy and noise falls evenly.
+
+    Args:
+        image: any number of axes.
+        axis: the one to look at.
+
+    Returns:
+        in (0, 1]; 1 where there is no such step, or too few samples to see one.
+    """
+    size = image.shape[axis]
+    if size < 32:
+        return 1.0
+    power = torch.fft.rfft(image.float(), dim=axis).abs().square().movedim(axis, -1).flatten(0, -2).mean(0)
+    level = 10 * (power + power.max() * 1e-12).log10().numpy()
+    half = max(2, round(0.05 * len(level)))  # levels are compared over this many frequencies on either side
+    steps = [level[i - half : i].mean() - level[i : i + half].mean() for i in range(half, len(level) - half + 1)]
+    steps = np.asarray(steps) - np.median(steps)
+    steps[: max(0, round(0.4 * len(level)) - half)] = 0  # the spectrum of anatomy is steep at low frequencies
+    edge = int(steps.argmax())
+    return (edge + half) / (len(level) - 1) if steps[edge] > STEP else 1.0

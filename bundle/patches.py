@@ -1,0 +1,248 @@
+"""Training patches of slices that are acquired at random, on the fly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from monai.transforms import RandBiasField
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .acquisition import Acquisition, Sampling, acquired_fraction
+from .degradation import check_factor, downsample, interpolate_slices, phases
+from .errors import InputError
+from .transforms import name_of
+
+__all__ = ["AcquiredPatches", "RandomAcquisition", "RandomContrast", "conditions", "refine"]
+
+THICK = 1.4  # times the smallest spacing: an axis that is coarser is left to the planes across it
+NOISE_UNIT = 0.02  # of the intensity scale: noise is told in these, so that all facts are of order 1
+
+
+def conditions(
+    factors: Sequence[float], rows: slice, columns: slice, widths: Sequence[float | None] = (None, None), noise: float = 0.0
+) -> Tensor:
+    """What the general network is told of a slice, pixel by pixel.
+
+    Args:
+        factors: of the rows and of the columns.
+        rows, columns: the part of the slice, in its pixels.
+        widths: slice thickness over slice distance, of an axis across which slices lie and where it is known; else ``None``.
+        noise: standard deviation, on the scale of the intensities.
+
+    Returns:
+        (9, H, W): :func:`bundle.degradation.phases`, then, constant, both widths (0 where they are unknown) and the noise in units of 0.02.
+    """
+    maps = phases(factors, rows, columns)
+    facts = torch.tensor([*(width or 0.0 for width in widths), noise / NOISE_UNIT])
+    return torch.cat([maps, facts[:, None, None].expand(3, *maps.shape[1:])])
+
+
+def refine(measured: Tensor, factors: Sequence[float], size: Sequence[int]) -> Tensor:
+    """Cubic B-spline interpolation of a slice, (h, w) to ``size``: the general network's input."""
+    if factors[1] > 1:
+        measured = interpolate_slices(measured, factors[1], size[1])
+    if factors[0] > 1:
+        measured = interpolate_slices(measured.T, factors[0], size[0]).T
+    return measured
+
+
+class RandomAcquisition:
+    """Draws acquisitions as scanners make them.
+
+    Half of them are coarse within the plane: k-space truncation (half of these; 85 to 100 % of it covered, a tenth less, with and without
+    apodisation), the paper's bicubic, box and Gaussian point spreads. The others are planes across thick slices: Gaussian, box and trapezoid
+    profiles, 60 to 120 % of the slice distance wide, in half of the cases told, with up to 3 % of alternating brightness; an eighth of them
+    are coarse along the other axis too. Noise: none (3 of 10), up to 2 % (4), up to 6 % (3). A third is stored in whole numbers.
+
+    Args:
+        in_plane: the smallest and the largest factor within the plane.
+        across: the smallest and the largest distance of thick slices, in pixels.
+        thick: fraction of planes across thick slices.
+
+    Raises:
+        InputError: when ``in_plane`` or ``across`` are not two ascending numbers of at least 1.
+    """
+
+    def __init__(self, in_plane: Sequence[float] = (1.25, 4), across: Sequence[float] = (1.5, 7), thick: float = 0.45) -> None:
+        for factors in (in_plane, across):
+            if check_factor(factors)[0] > factors[1]:
+                raise InputError(f"factors must be the smallest and the largest, got {factors}")
+        self.in_plane, self.across, self.thick = tuple(in_plane), tuple(across), thick
+
+    def __call__(self, random: np.random.Generator) -> tuple[Acquisition, tuple[float | None, float | None]]:
+        """An acquisition of the rows and the columns of a slice, and the widths of the slice profile that are told."""
+        noise = float(random.choice([0, random.uniform(0, 0.02), random.uniform(0.02, 0.06)], p=[0.3, 0.4, 0.3]))
+        step = 1 / random.uniform(200, 4000) if random.random() < 1 / 3 else 0.0
+        if random.random() < self.thick:
+            sampling = self._across(random)
+            other = self._within(random) if random.random() < 1 / 8 else Sampling()
+            told = sampling.width if random.random() < 0.5 else None
+            brightness = random.uniform(0, 0.03) if random.random() < 0.3 else 0.0
+            return Acquisition((sampling, other), noise, brightness, step), (told, None)
+        first = self._within(random)
+        if random.random() < 0.7:
+            second = first
+        elif random.random() < 0.4:
+            second = Sampling()
+        else:
+            second = Sampling(random.uniform(*self.in_plane), first.profile, first.width, first.coverage, first.window)
+        axes = (first, second) if random.random() < 0.5 else (second, first)
+        return Acquisition(axes, noise, 0.0, step), (None, None)
+
+    def _within(self, random: np.random.Generator) -> Sampling:
+        low, high = self.in_plane
+        factor = 2.0 if low <= 2 <= high and random.random() < 0.4 else random.uniform(low, high)
+        profile = str(random.choice(["kspace", "bicubic", "box", "gaussian"], p=[0.5, 0.16, 0.14, 0.2]))
+        if profile != "kspace":
+            return Sampling(factor, profile, random.uniform(0.7, 1.4) if profile == "gaussian" else 1.0)
+        coverage = 1.0 if random.random() < 0.4 else random.uniform(0.6, 0.85) if random.random() < 1 / 6 else random.uniform(0.85, 1)
+        return Sampling(factor, profile, 1.0, coverage, str(random.choice(["none", "hamming", "tukey"], p=[0.6, 0.2, 0.2])))
+
+    def _across(self, random: np.random.Generator) -> Sampling:
+        profile = str(random.choice(["gaussian", "box", "trapezoid"], p=[0.4, 0.3, 0.3]))
+        width = 1.0 if random.random() < 0.5 else random.uniform(0.6, 1.2)
+        return Sampling(random.uniform(*self.across), profile, width)
+
+
+class RandomContrast:
+    """Changes the contrast of a slice by a smooth random curve, in half of the cases monotone, and its brightness by a bias field
+    (:class:`monai.transforms.RandBiasField`).
+
+    Args:
+        probability: of a new curve; others stay as they are.
+        bias: probability of a bias field.
+    """
+
+    def __init__(self, probability: float = 0.5, bias: float = 0.2) -> None:
+        self.probability, self.bias = probability, bias
+        self.field = RandBiasField(degree=3, coeff_range=(-0.15, 0.15), prob=1.0)
+
+    def __call__(self, image: Tensor, random: np.random.Generator) -> Tensor:
+        """(H, W) in [0, 1] and a little above; 0 stays 0."""
+        if random.random() < self.probability:
+            points = np.linspace(0, 1, 7)
+            if random.random() < 0.5:
+                values = np.concatenate([[0], np.cumsum(random.gamma(1.5, size=6))])
+                values /= values[-1]
+            else:
+                values = np.concatenate([[0], random.uniform(0.05, 1, 6)])
+                values /= values.max()
+            fine = np.linspace(0, 1, 257)
+            curve = np.interp(fine, points, values)
+            curve = np.convolve(np.pad(curve, 16, mode="edge"), np.hanning(35)[1:-1] / np.hanning(35).sum(), "valid")
+            curve = torch.from_numpy(curve - curve[0]).float()  # the air stays 0
+            position = image.clamp(0, 1) * 256
+            low = position.floor().long().clamp(max=255)
+            image = torch.lerp(curve[low], curve[low + 1], position - low) + (image - 1).clamp(min=0) * curve[-1]
+        if random.random() < self.bias:
+            self.field.set_random_state(int(random.integers(2**31)))
+            image = torch.as_tensor(self.field(image[None])).as_subclass(Tensor)[0]
+        return image
+
+
+class AcquiredPatches(Dataset):
+    """Random patches of slices acquired at random. An item holds some patches of one slice, which is acquired as a whole: what a scanner
+    does to k-space reaches from one border to the other. Items are a pure function of (seed, index), as those of
+    :class:`bundle.data.PatchDataset`.
+
+    Args:
+        volumes: items with ``"image"``, (1, X, Y, Z), intensities scaled to 1. Slices are planes across any axis, where the voxels within
+            the plane are of nearly one size (to a factor of 1.4). Axes that the scanner interpolated are brought back to what was acquired.
+        acquisition: draws the acquisitions.
+        contrast: changes the contrast before; ``None`` does not.
+        size: side of the square patches, in pixels; even.
+        patches_per_slice: patches in an item.
+        slices_per_volume: items that a volume gives per epoch, on average; volumes count alike.
+        min_foreground: fraction of pixels above ``threshold`` that a patch should have; ten places are tried for it.
+        threshold: see there.
+        seed: of everything.
+
+    Raises:
+        InputError: when a volume has no plane that holds a patch.
+    """
+
+    def __init__(
+        self,
+        volumes: Sequence[dict],
+        acquisition: RandomAcquisition,
+        contrast: RandomContrast | None = None,
+        size: int = 48,
+        patches_per_slice: int = 8,
+        slices_per_volume: int = 100,
+        min_foreground: float = 0.25,
+        threshold: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        self.volumes: list[tuple[Tensor, list[int]]] = []
+        for item in volumes:
+            image = item["image"]
+            spacing, sides = [float(s) for s in image.pixdim], image.shape[1:]
+            planes = []
+            for axis in range(3):
+                within = [n for n in range(3) if n != axis]
+                a, b = (spacing[n] for n in within)
+                if max(a, b) < THICK * min(spacing) and min(sides[n] for n in within) >= size:
+                    planes.append(axis)
+            if not planes:
+                text = " x ".join(map(str, sides))
+                raise InputError(f"{name_of(image)}: {text} voxels have no plane of {size} x {size} pixels of nearly one size")
+            self.volumes.append((_cut_to_acquired(image.as_tensor()[0], planes).half(), planes))
+        self.acquisition, self.contrast, self.size, self.seed = acquisition, contrast, size, seed
+        self.patches_per_slice, self.slices_per_volume = patches_per_slice, slices_per_volume
+        self.min_foreground, self.threshold = min_foreground, threshold
+
+    def __len__(self) -> int:
+        return len(self.volumes) * self.slices_per_volume
+
+    def __getitem__(self, index: int) -> list[dict[str, Tensor]]:
+        """``[{"image": (10, size, size), "label": (1, size, size)}, ...]``: interpolated slice and :func:`conditions`, and the truth."""
+        random = np.random.default_rng((self.seed, index))
+        truth = self._slice(index % len(self.volumes), random)
+        acquisition, told = self.acquisition(random)
+        factors = [axis.factor for axis in acquisition.axes]
+        image = refine(acquisition(truth, random), factors, truth.shape)
+        # the noise is estimated where the network is used, and not to the last digit
+        noise = acquisition.noise * math.exp(random.normal(0, 0.15)) + random.uniform(0, 0.002)
+        patches = []
+        for _ in range(self.patches_per_slice):
+            for _ in range(10):
+                y, x = (int(random.integers(side - self.size + 1)) for side in truth.shape)
+                rows, columns = slice(y, y + self.size), slice(x, x + self.size)
+                label = truth[rows, columns]
+                if float((label > self.threshold).float().mean()) >= self.min_foreground:
+                    break
+            maps = conditions(factors, rows, columns, told, noise)
+            patches.append({"image": torch.cat([image[None, rows, columns], maps]), "label": label[None].contiguous()})
+        return patches
+
+    def _slice(self, volume: int, random: np.random.Generator) -> Tensor:
+        """A slice with anatomy in it, turned and mirrored, cut to what is not empty, its contrast changed."""
+        voxels, planes = self.volumes[volume]
+        axis = int(random.choice(planes))
+        for _ in range(10):
+            image = voxels.select(axis, int(random.integers(voxels.shape[axis]))).float()
+            if float((image > self.threshold).float().mean()) > 0.08:
+                break
+        image = torch.rot90(image, int(random.integers(4)))
+        image = image.flip(1) if random.integers(2) else image
+        for side in (0, 1):  # empty borders teach nothing
+            occupied = (image > self.threshold).any(1 - side).nonzero().flatten()
+            if len(occupied):
+                first, last = max(int(occupied[0]) - 8, 0), min(int(occupied[-1]) + 9, image.shape[side])
+                first, last = max(min(first, last - self.size), 0), max(last, min(first + self.size, image.shape[side]))
+                image = image.narrow(side, first, last - first)
+        image = image if self.contrast is None else self.contrast(image, random)
+        return (image * float(random.uniform(0.75, 1.1))).contiguous()
+
+
+def _cut_to_acquired(volume: Tensor, planes: Sequence[int]) -> Tensor:
+    """Volume (X, Y, Z) without the zeros in its k-space, along the axes within its planes: what is no anatomy is no truth either."""
+    for axis in range(3):
+        fraction = acquired_fraction(volume, axis) if any(plane != axis for plane in planes) else 1.0
+        if fraction < 0.9:
+            volume = downsample(volume.movedim(axis, -1), (1, 1 / fraction), "kspace").movedim(-1, axis)
+    return volume.contiguous()

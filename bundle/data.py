@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from .degradation import PROFILES, check_factor, degrade, degrade_slices, phases
-from .dicom import find_series
+from .dicom import find_dicom, is_dicom
 from .errors import InputError, reason, switch
 from .files import RESULT_MARK, is_done, namesakes
 from .transforms import name_of
@@ -49,23 +49,11 @@ def find_volumes(path: str | Path, pattern: str | Sequence[str] | None = None) -
     visible = [f for f in path.rglob("*") if (f.is_file() or (f.is_symlink() and not f.exists())) and not f.name.startswith(".")]
     files = {str(f) for f in visible if any(f.match(p) for p in patterns) and not _is_result(f)}
     if pattern is None:
-        for folder in {f.parent for f in visible if _is_dicom(f)}:
-            series = find_series(folder)
-            files |= {str(folder / identifier) for identifier in series} if len(series) > 1 else {str(folder)}
+        for folder in {f.parent for f in visible if is_dicom(f)}:
+            files |= set(find_dicom(folder, results=folder == path))
     if not files:
         raise InputError(f"{path}: holds no volume ({', '.join(patterns)}{', DICOM' if pattern is None else ''})")
     return sorted(files)
-
-
-def _is_dicom(file: Path) -> bool:
-    if file.name.upper() == "DICOMDIR" or file.suffix.lower() not in ("", ".dcm", ".ima"):  # an index is no slice
-        return False
-    try:
-        with file.open("rb") as stream:
-            stream.seek(128)
-            return stream.read(4) == b"DICM"
-    except OSError:  # no permission to read it
-        return False
 
 
 def _is_result(file: Path) -> bool:

@@ -17,9 +17,8 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import ImageReader, ITKReader, MetaTensor
+from monai.data import ImageReader, MetaTensor
 from monai.transforms import InvertibleTransform, LoadImage, MapTransform, Orientation, SpatialCrop
-from pydicom.misc import is_dicom
 
 from . import version
 from .degradation import (
@@ -33,7 +32,8 @@ from .degradation import (
     refined_size,
     upsample,
 )
-from .dicom import check_slices, find_series, modality
+from .dicom import is_dicom_volume
+from .dicom_volume import load_series
 from .errors import InputError, switch
 from .figures import Panel, save_panels
 from .files import RESULT_MARK, fingerprint, result_path, write_json, write_whole
@@ -69,7 +69,8 @@ class LoadVolumed(MapTransform):
 
     Args:
         keys: file names (NIfTI, Analyze, MetaImage, NRRD), DICOM folders or series (see :func:`bundle.data.find_volumes`).
-        reader: MONAI reader, by name; ``None`` takes nibabel for NIfTI and Analyze, ITK for the rest.
+        reader: MONAI reader, by name; ``None`` takes nibabel for NIfTI and Analyze, :func:`bundle.dicom_volume.load_series` for DICOM,
+            ITK for the rest.
 
     Raises:
         InputError: naming the file and the reason, for a file that cannot be read or holds no single-channel volume with
@@ -96,9 +97,11 @@ class LoadVolumed(MapTransform):
             header: Any = nib.load(path) if _is_nifti(source) and source.is_file() else None
             if header is not None and header.get_data_dtype().names:
                 raise InputError(f"{path}: one grey-scale volume expected, got colours")
-            if source.is_file() and is_dicom(source):
-                check_slices(path, [path])  # it may hold all slices as its frames
-            image = self.loader(path, reader=self._reader(source)) if source.is_file() else self._load_series(source)
+            if header is None and self.reader is None and is_dicom_volume(source):
+                image = load_series(source)
+                remarks = [remark for remark in image.meta["remarks"].split("\n") if remark]
+            else:
+                image = self.loader(path, reader=self._reader(source))
             if isinstance(header, nib.Nifti1Pair):
                 remarks = _follow_header(image, header)
         except InputError:
@@ -125,21 +128,6 @@ class LoadVolumed(MapTransform):
         # one reader and no other: MONAI would try all it knows in turn, among them numpy's, which runs what a pickle tells it to
         name = self.reader or ("NibabelReader" if _is_nifti(source) else "ITKReader")
         return getattr(monai.data, name)()
-
-    def _load_series(self, source: Path) -> MetaTensor:
-        folder = source if source.is_dir() else source.parent
-        series = find_series(folder)
-        if source.is_dir() and len(series) > 1:
-            raise InputError(f"{source}: holds {len(series)} DICOM series; name one of them: {source / min(series)}, ...")
-        identifier = next(iter(series), "") if source.is_dir() else source.name
-        if identifier not in series:
-            raise InputError(f"{source}: no such file, folder or DICOM series")
-        files = series[identifier]
-        check_slices(str(source), files)
-        reader = self._reader(source) if self.reader else ITKReader(series_name=identifier)
-        image = self.loader(str(folder), reader=reader)
-        image.meta["modality"] = modality(files[0])
-        return image
 
 
 class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from .degradation import PROFILES, check_factor, degrade, degrade_slices, phases
-from .dicom import find_dicom, is_dicom
+from .dicom import find_dicom, is_dicom, is_dicom_volume
 from .errors import InputError, reason, switch
 from .files import RESULT_MARK, is_done, namesakes
 from .transforms import name_of
@@ -109,6 +109,7 @@ class InferenceDataset(Dataset):
         made_with: settings that a result must have been made with to count as done.
         overwrite: do everything again.
         report: whether an HTML report belongs to a result.
+        dicom: whether a DICOM series belongs to the result of a volume that came as DICOM.
     """
 
     def __init__(
@@ -121,11 +122,13 @@ class InferenceDataset(Dataset):
         made_with: dict | None = None,
         overwrite: bool | str = False,
         report: bool | str = False,
+        dicom: bool | str = False,
     ) -> None:
         self.data, self.transform = data, transform
         self.output_dir, self.root, self.made_with = output_dir, root, made_with or {}
         self.overwrite = switch("overwrite", overwrite)
         self.endings = ["_sr.nii.gz"] + ["_sr.html"] * switch("report", report)
+        self.dicom = switch("dicom", dicom)
         self.namesakes = namesakes(volumes, root) if output_dir is not None else {}
 
     def __len__(self) -> int:
@@ -145,7 +148,8 @@ class InferenceDataset(Dataset):
             return {**item, "error": reason(e)}
 
     def _is_done(self, volume: str) -> bool:
-        return self.output_dir is not None and is_done(volume, self.output_dir, self.root, self.made_with, self.endings)
+        endings = self.endings + ["_sr_dicom"] * (self.dicom and is_dicom_volume(volume))
+        return self.output_dir is not None and is_done(volume, self.output_dir, self.root, self.made_with, endings)
 
 
 class PatchDataset(Dataset):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,9 +230,9 @@ def _tiles(plane: Slice, header: pydicom.Dataset) -> list[Slice]:
     # the position is that of one large slice around the same centre
     corner = np.asarray(plane.position) + row * plane.spacing[1] * (plane.size[1] - width) / 2
     corner = corner + column * plane.spacing[0] * (plane.size[0] - height) / 2
-    own = {"size": (height, width), "tiles": count}
+    tile = plane._replace(size=(height, width), tiles=count)
     return [
-        plane._replace(frame=n, name=f"tile {n + 1} of the mosaic {plane.name}", position=(corner + n * step * normal).tolist(), **own)
+        tile._replace(frame=n, name=f"tile {n + 1} of the mosaic {plane.name}", position=(corner + n * step * normal).tolist())
         for n in range(count)
     ]
 
@@ -252,15 +252,15 @@ def _parts(slices: list[Slice]) -> dict[str, list[Slice]]:
     slices lie at one place."""
     found: list[tuple[list[str], list[Slice]]] = []
     directions: list[list[float]] = []
-    groups: dict[Hashable, list[Slice]] = {}
+    groups: dict[tuple[tuple[int, int], int], list[Slice]] = {}
     for slice_ in slices:
         same = (n for n, d in enumerate(directions) if np.allclose(d, slice_.orientation or [9.0] * 6, rtol=0, atol=SAME_DIRECTION))
         number = next(same, len(directions))
         if number == len(directions):
             directions.append(slice_.orientation or [9.0] * 6)
         groups.setdefault((slice_.size, number), []).append(slice_)
-    several = [len({key[n] for key in groups}) > 1 for n in (0, 1)]  # type: ignore[index]
-    for (size, number), group in groups.items():  # type: ignore[misc]
+    several = [len({key[n] for key in groups}) > 1 for n in (0, 1)]
+    for (size, number), group in groups.items():
         labels = [f"{size[1]}x{size[0]}"] * several[0] + [_plane(directions[number])] * several[1]
         found += [(labels + more, _in_order(part)) for more, part in _apart(group)]
     parts: dict[str, list[Slice]] = {}

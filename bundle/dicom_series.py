@@ -56,9 +56,13 @@ COPIED = f"SpecificCharacterSet TimezoneOffsetFromUTC {PATIENT} {STUDY} {SERIES}
 # the standard wants these, if only empty; what is not known of a sequence counts as research mode
 EMPTY = (
     "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName Manufacturer "
-    "PatientPosition Laterality PositionReferenceIndicator ScanOptions MRAcquisitionType RepetitionTime EchoTime EchoTrainLength"
+    "PatientPosition PositionReferenceIndicator ScanOptions MRAcquisitionType RepetitionTime EchoTime EchoTrainLength"
 )
-REQUIRED: dict[str, str | None] = dict.fromkeys(EMPTY.split()) | {"ScanningSequence": "RM", "SequenceVariant": "NONE"}
+REQUIRED: dict[str, str | None] = dict.fromkeys(EMPTY.split()) | {
+    "ScanningSequence": "RM",
+    "SequenceVariant": "NONE",
+    "BodyPartExamined": "BRAIN",
+}
 
 logger = logging.getLogger(__name__)
 

@@ -44,7 +44,7 @@ def load_series(path: str | Path) -> MetaTensor:
         files = list(dict.fromkeys(Path(copy.file).name for copy, _ in copies))
         remarks.append(f"{len(files)} copies of slices are left out ({', '.join(files[:3])}{', ...' if len(files) > 3 else ''})")
     affine, distance = check_slices(str(source), slices)
-    planes = _Planes()
+    planes = _Planes(str(source))
     volume = np.empty((len(slices), *slices[0].size), np.float32)
     for n, slice_ in enumerate(slices):
         volume[n] = planes[slice_]
@@ -117,7 +117,7 @@ def _even_distance(series: str, slices: Sequence[Slice], positions: np.ndarray, 
     distance = float(np.median(distances))
     nearest, widest = int(distances.argmin()), int(distances.argmax())
     if distances[nearest] <= max(TOLERANCE * distance, 1e-3):
-        pair = " and ".join(sorted((names[nearest], names[nearest + 1])))
+        pair = f"{names[nearest]} and {names[nearest + 1]}"
         raise InputError(f"{series}: {pair} lie at the same position (a duplicate, or a series over time)")
     if distances[widest] > 1.5 * distance:
         i = widest
@@ -201,16 +201,18 @@ def _remarks(slices: Sequence[Slice], distance: float) -> list[str]:
 class _Planes:
     """The values of slices, (rows, columns) each; the file that was read last is kept for its other frames."""
 
-    def __init__(self) -> None:
-        self.file, self.frames = "", np.empty(0)
+    def __init__(self, series: str) -> None:
+        self.series, self.file, self.frames = series, "", np.empty(0)
 
     def __getitem__(self, slice_: Slice) -> np.ndarray:
         if slice_.file != self.file:
             try:
                 self.frames, self.file = _stored(slice_.file), slice_.file
             except Exception as e:  # a decoder can fail in any way on damaged pixels
-                why = str(e).strip().splitlines() or [type(e).__name__]
-                raise InputError(f"{slice_.file}: its pixels cannot be read ({why[-1] if 'itk' in why[0].lower() else why[0]})") from e
+                lines = str(e).strip().splitlines() or [type(e).__name__]
+                raise InputError(
+                    f"{self.series}: the pixels of {Path(slice_.file).name} cannot be read ({lines[-1].split(' - ')[0]})"
+                ) from e
         plane = self.frames[0 if slice_.tiles else slice_.frame or 0]
         if slice_.tiles:
             height, width = slice_.size

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from .degradation import PROFILES, check_factor, degrade, degrade_slices, phases
-from .dicom import find_dicom, is_dicom, is_dicom_volume
+from .dicom import find_dicom, is_dicom, is_dicom_volume, passed_over
 from .errors import InputError, reason, switch
 from .files import RESULT_MARK, is_done, namesakes
 from .transforms import name_of
@@ -52,7 +52,10 @@ def find_volumes(path: str | Path, pattern: str | Sequence[str] | None = None) -
         for folder in {f.parent for f in visible if is_dicom(f)}:
             files |= set(find_dicom(folder, results=folder == path))
     if not files:
-        raise InputError(f"{path}: holds no volume ({', '.join(patterns)}{', DICOM' if pattern is None else ''})")
+        others = passed_over(path) if pattern is None else ""
+        raise InputError(
+            f"{path}: holds no volume ({', '.join(patterns)}{', DICOM' if pattern is None else ''}){others and f'; passed over: {others}'}"
+        )
     return sorted(files)
 
 

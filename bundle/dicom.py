@@ -14,13 +14,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pydicom
+from pydicom.dataset import Dataset
 
 from .files import RESULT_MARK
 
-__all__ = ["Slice", "find_dicom", "find_series", "header_of", "is_dicom", "is_dicom_volume", "passed_over", "slices_of", "volumes_in"]
+__all__ = [
+    "Slice",
+    "find_dicom",
+    "find_series",
+    "header_of",
+    "is_dicom",
+    "is_dicom_volume",
+    "passed_over",
+    "slices_of",
+    "volumes_in",
+    "write_file",
+]
 
 SCREENSHOT = "1.2.840.10008.5.1.4.1.1.7"  # Secondary Capture Image Storage, and the root of its multi-frame kinds
-SAME_DIRECTION = 2e-3  # largest difference of two direction cosines that are one: anonymisers round them to three decimals
+SAME_DIRECTION = 5e-3  # largest difference of two direction cosines that are one: anonymisers round them
 COMPONENTS = {"P": "phase", "PHASE": "phase", "R": "real", "REAL": "real", "I": "imaginary", "IMAGINARY": "imaginary"}
 GE_COMPONENTS = {1: "phase", 2: "real", 3: "imaginary"}
 
@@ -130,7 +142,8 @@ def volumes_in(folder: str | Path) -> tuple[dict[str, list[Slice]], dict[str, st
     for uid in sorted(series):
         parts = _parts(series[uid])
         for label, slices in parts.items():
-            volumes[f"{uid}_{label}" if len(parts) > 1 else uid or "no-series-uid"] = slices
+            name = uid or "no-series-uid"
+            volumes[f"{name}_{label}" if label and len(parts) > 1 else name] = slices
     return volumes, {file: why for file, why in others.items() if why}
 
 
@@ -149,7 +162,7 @@ def _slices_of(file: str, *changed: int) -> tuple[list[Slice], str]:
             return [], f"{kind}: no image"
         if int(header.get("SamplesPerPixel") or 1) != 1:
             return [], f"{kind}: a picture in colour"
-        if str(header.get("Modality", "")) in ("SEG", "RTDOSE", "PR", "KO"):
+        if any(word in kind for word in ("Segmentation", "Spectroscopy", "Dose", "Presentation State")):
             return [], f"{kind}: no scan"
         slices = _frames(file, header)
     except Exception as e:  # a damaged header can fail anywhere
@@ -159,17 +172,17 @@ def _slices_of(file: str, *changed: int) -> tuple[list[Slice], str]:
     return slices, ""
 
 
-def _frames(file: str, header: pydicom.Dataset) -> list[Slice]:
+def _frames(file: str, header: Dataset) -> list[Slice]:
     """The slice of a file, or all that are in it: enhanced DICOM keeps what they share apart from what each has of its own."""
     name, count = Path(file).name, int(header.get("NumberOfFrames") or 1)
-    shared = (header.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()])[0]
-    frames = header.get("PerFrameFunctionalGroupsSequence") or [pydicom.Dataset()] * count
+    shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    frames = header.get("PerFrameFunctionalGroupsSequence") or [Dataset()] * count
     slices = []
     for number, frame in enumerate(frames):
 
-        def get(group: str, key: str, frame: pydicom.Dataset = frame) -> Any:
+        def get(group: str, key: str, frame: Dataset = frame) -> Any:
             for groups in (frame, shared):
-                value = (groups.get(group) or [pydicom.Dataset()])[0].get(key)
+                value = (groups.get(group) or [Dataset()])[0].get(key)
                 if value is not None:
                     return value
             return header.get(key) if count == 1 or group != "PlanePositionSequence" else None
@@ -203,7 +216,7 @@ def _frames(file: str, header: pydicom.Dataset) -> list[Slice]:
     return slices
 
 
-def _tiles(plane: Slice, header: pydicom.Dataset) -> list[Slice]:
+def _tiles(plane: Slice, header: Dataset) -> list[Slice]:
     """The slices of a Siemens mosaic, which lie beside each other in one plane; those of any other plane are itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nibabel calls its reader of Siemens' headers experimental, whoever imports it
@@ -237,7 +250,7 @@ def _tiles(plane: Slice, header: pydicom.Dataset) -> list[Slice]:
     ]
 
 
-def _component(header: pydicom.Dataset, told: str | None) -> str:
+def _component(header: Dataset, told: str | None) -> str:
     ge = header.get((0x0043, 0x102F))
     if ge is not None and "GEMS" in str(header.get((0x0043, 0x0010), "")):
         return GE_COMPONENTS.get(int(np.ravel(ge.value)[0]), "magnitude")

@@ -18,7 +18,7 @@ import numpy as np
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from pydicom import DataElement, config, dcmwrite
+from pydicom import DataElement, config
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
@@ -27,7 +27,7 @@ from pydicom.valuerep import DSfloat, validate_value
 
 from . import version
 from .dicom import Slice, header_of, slices_of
-from .dicom_volume import TO_RAS
+from .dicom_volume import TO_RAS, write_file
 from .errors import InputError, switch
 from .files import RESULT_MARK, result_path
 
@@ -165,9 +165,7 @@ def _write(series: Sequence[Dataset], folder: Path) -> None:
         meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
         meta.TransferSyntaxUID = ExplicitVRLittleEndian
         ds.file_meta = meta
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of values of the source that do not follow the standard
-            dcmwrite(folder / f"{number:04d}.dcm", ds, enforce_file_format=True)
+        write_file(folder / f"{number:04d}.dcm", ds)
 
 
 def _remove(folder: Path) -> None:

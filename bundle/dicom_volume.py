@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 from .dicom import Slice, passed_over, slices_of, volumes_in
 from .errors import InputError
 
-__all__ = ["check_slices", "load_series"]
+__all__ = ["TO_RAS", "check_slices", "load_series", "write_file"]
 
 TOLERANCE = 0.05  # of the slice distance: how far a slice may lie from its place on an even grid
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's coordinates grow to the left and to the back
@@ -145,7 +146,7 @@ def _chosen(source: Path) -> tuple[list[Slice], list[str]]:
         if len(volumes) > 1:
             names = ", ".join(str(folder / name) for name in volumes)
             raise InputError(f"{source}: holds {len(volumes)} volumes of different orientation or echo; name one of them: {names}")
-        (slices,) = volumes.values()
+        slices = next(iter(volumes.values()), slices_of(source)[0])  # none for a hidden file
         count = len({(s.uid or s.file, s.frame) for s in slices})
         whole = all(s.file == str(source) for s in slices) or count == 1
         return slices, [] if whole else [f"one of {count} slices: the whole series beside it is taken"]
@@ -196,6 +197,17 @@ def _remarks(slices: Sequence[Slice], distance: float) -> list[str]:
             + (f"a gap of {gap:.4g} mm" if gap > 0 else f"they overlap by {-gap:.4g} mm")
         )
     return remarks
+
+
+def write_file(path: str | Path, dataset: pydicom.Dataset) -> None:
+    """Write a dataset, little-endian with explicit VRs or compressed as its file meta information says."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that do not follow the standard, where they come from another file
+        if pydicom.__version_info__[0] == "2":  # what MONAI Label wants
+            dataset.is_little_endian, dataset.is_implicit_VR = True, False
+            pydicom.dcmwrite(path, dataset, write_like_original=False)
+        else:
+            pydicom.dcmwrite(path, dataset, enforce_file_format=True)
 
 
 class _Planes:
@@ -253,5 +265,5 @@ def _decompressed(ds: pydicom.Dataset) -> np.ndarray:
     copy.file_meta.TransferSyntaxUID = ds.file_meta.TransferSyntaxUID
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pixels.dcm"
-        pydicom.dcmwrite(path, copy, enforce_file_format=True)
+        write_file(path, copy)
         return itk.array_from_image(itk.imread(str(path), imageio=itk.GDCMImageIO.New()))

@@ -200,7 +200,7 @@ SLOPES = [(0.5, -10.0), (1.0, 0.0), (0.25, 7.5), (2.0, 0.0), (0.1, 0.0), (1.5, -
 ENHANCED = np.stack([np.rint((toy.head()[..., n] - b) / a) * a + b for n, (a, b) in enumerate(SLOPES)], -1)
 
 ODD_VOLUMES: dict[str, Callable[[Path], Stored]] = {
-    "DICOM: files named MR.<UID>": _odd(lambda f: rename(series(f), lambda ds, n: f"MR.{ds.SOPInstanceUID}")),
+    "DICOM: files named MR.UID": _odd(lambda f: rename(series(f), lambda ds, n: f"MR.{ds.SOPInstanceUID}")),
     "DICOM: files named scan.001": _odd(lambda f: rename(series(f), lambda ds, n: f"scan.{n:03d}")),
     "DICOM: files named .dicom": _odd(lambda f: rename(series(f), lambda ds, n: f"{n}.dicom")),
     "DICOM: no preamble": _odd(lambda f: without_preamble(series(f))),

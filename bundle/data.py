@@ -52,10 +52,8 @@ def find_volumes(path: str | Path, pattern: str | Sequence[str] | None = None) -
         for folder in {f.parent for f in visible if is_dicom(f)}:
             files |= set(find_dicom(folder, results=folder == path))
     if not files:
-        others = passed_over(path) if pattern is None else ""
-        raise InputError(
-            f"{path}: holds no volume ({', '.join(patterns)}{', DICOM' if pattern is None else ''}){others and f'; passed over: {others}'}"
-        )
+        others = f"; passed over: {passed_over(path)}" if pattern is None and passed_over(path) else ""
+        raise InputError(f"{path}: holds no volume ({', '.join(patterns)}{', DICOM' if pattern is None else ''}){others}")
     return sorted(files)
 
 

@@ -28,7 +28,6 @@ __all__ = [
     "passed_over",
     "slices_of",
     "volumes_in",
-    "write_file",
 ]
 
 SCREENSHOT = "1.2.840.10008.5.1.4.1.1.7"  # Secondary Capture Image Storage, and the root of its multi-frame kinds

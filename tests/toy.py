@@ -26,6 +26,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from bundle.dicom_volume import write_file
 from bundle.networks import MultiScaleResidualNet
 
 SHAPE = (40, 36, 6)
@@ -143,7 +144,7 @@ def write_dicom(folder: Path, array: np.ndarray | None = None, to_world: np.ndar
         ds.BitsAllocated = ds.BitsStored = 16
         ds.HighBit, ds.PixelRepresentation = 15, 1
         ds.PixelData = array[..., k].T.astype("<i2").tobytes()
-        pydicom.dcmwrite(path, ds, enforce_file_format=True)
+        write_file(path, ds)
     return folder
 
 

@@ -137,6 +137,11 @@ def volumes_in(folder: str | Path) -> tuple[dict[str, list[Slice]], dict[str, st
         slices, others[str(file)] = slices_of(str(file))
         for slice_ in slices:
             series.setdefault(slice_.series, []).append(slice_)
+    placed = any(s.position for slices in series.values() for s in slices)
+    for uid, slices in series.items() if placed else ():
+        nowhere = {s.file: "does not say where it lies" for s in slices if not s.position and not s.orientation}
+        others |= nowhere  # a screenshot of another kind
+        series[uid] = [s for s in slices if s.file not in nowhere]
     volumes = {}
     for uid in sorted(series):
         parts = _parts(series[uid])

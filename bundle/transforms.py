@@ -522,8 +522,8 @@ class Consistencyd(MapTransform):
         values = {}
         for name, key in zip(("interpolated", "result"), self.keys):
             volume = data[key].as_tensor()
-            if len(factors) > 2:  # the slice profile is not known: a box without gaps
-                volume = acquire_slices(volume, factors[2], "box")
+            if len(factors) > 2:  # the slice profile is not known: a box, with the gap that the header tells
+                volume = acquire_slices(volume, factors[2], "box", _gap(data[self.keys[0]]))
             slices = volume.movedim(-1, 0)
             error = sum(float((downsample(s.float().cpu(), factors[:2]) - g).square().sum()) for s, g in zip(slices, given))
             values[name] = round(-10 * math.log10(max(error / given.numel(), 1e-20)), 2)
@@ -611,6 +611,14 @@ class SaveReportd(MapTransform):
 def name_of(image: MetaTensor) -> str:
     """File that a volume was loaded from."""
     return str(image.meta.get("filename_or_obj", "volume"))
+
+
+def _gap(image: MetaTensor) -> float:
+    """Gap between the slices that a refined volume was made of, as a fraction of their distance; 0 where their thickness is not known or
+    their axis is not the last one."""
+    thickness, spacing = (float(image.meta.get(key, 0)) for key in ("slice_thickness", "slice_spacing"))
+    given = float(image.pixdim[2]) * float(image.meta["factor"][2])
+    return max(0.0, 1 - thickness / spacing) if thickness and abs(spacing - given) < 0.01 * given else 0.0
 
 
 def _is_nifti(source: Path) -> bool:

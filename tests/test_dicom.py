@@ -18,7 +18,7 @@ from bundle.data import find_volumes
 from bundle.dicom import find_series, is_dicom
 from bundle.dicom_volume import load_series
 from bundle.errors import InputError, reason
-from bundle.transforms import LoadVolumed
+from bundle.transforms import Consistencyd, LoadVolumed
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "dicom_t1"
@@ -109,11 +109,34 @@ class TestFinding:
         for path in folder.glob("slice*"):
             path.unlink()
         with pytest.raises(InputError, match=r"holds no volume .*; passed over: .*screenshot\.dcm"):
-            find_volumes(tmp_path)
+            find_volumes(folder)
         with pytest.raises(InputError, match=r"screenshot\.dcm: no slice of a scan \(Secondary Capture Image Storage: a screenshot"):
             load(folder / "screenshot.dcm")
         with pytest.raises(InputError, match=r"holds no slices of a scan \(.*screenshot\.dcm"):
             load(folder)
+
+    def test_picture_without_a_place_is_passed_over_beside_slices(self, tmp_path, caplog):
+        folder = toy.write_dicom(tmp_path / "series")
+        ds = pydicom.dcmread(folder / "slice003.dcm")
+        del ds.ImagePositionPatient, ds.ImageOrientationPatient
+        ds.SOPInstanceUID = "1.2.3"
+        ds.save_as(folder / "picture")
+        assert find_volumes(folder) == [str(folder)]
+        assert "picture (does not say where it lies)" in caplog.text
+        np.testing.assert_array_equal(load(folder)[0], toy.head())
+
+    def test_enhanced_files_and_frames_of_several_echoes_are_told_apart(self, tmp_path):
+        folder = toy_dicom.two_echoes(tmp_path / "series", numbered=False)
+        times = [float(pydicom.dcmread(path).EchoTime) for path in sorted(folder.iterdir())]
+        toy.enhance_dicom(folder)
+        ds = pydicom.dcmread(folder / "frames.dcm")
+        for group, time in zip(ds.PerFrameFunctionalGroupsSequence, times):
+            group.MREchoSequence = [pydicom.Dataset()]
+            group.MREchoSequence[0].EffectiveEchoTime = time
+        del ds.EchoTime
+        ds.save_as(folder / "frames.dcm")
+        assert names_of(folder) == ["_te20", "_te80"]
+        np.testing.assert_array_equal(load(find_volumes(folder)[0])[0], toy.head())
 
 
 class TestLoading:
@@ -124,6 +147,19 @@ class TestLoading:
         assert image.meta["slice_spacing"] == pytest.approx(2)
         assert image.meta["remarks"] == "slices 1.6 mm thick lie 2 mm apart: a gap of 0.4 mm"
         np.testing.assert_allclose(image.affine, toy.affine() @ np.eye(4), atol=1e-5)
+
+    def test_gap_is_known_when_the_result_is_degraded_again(self, tmp_path):
+        folder = toy_dicom.series(tmp_path / "series", lambda ds, n: setattr(ds, "SliceThickness", "1.6"))
+        image = load(folder)
+        image.meta["factor"] = [1, 1, 2.0]
+        image.affine = image.affine @ np.diag([1, 1, 0.5, 1])  # two slices of each
+        finer = image.repeat_interleave(2, -1)
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bundle.transforms.acquire_slices", lambda *given: seen.append(given[1:]) or image.as_tensor())
+            finer.meta, finer.affine = image.meta, image.affine
+            Consistencyd(["image", "pred"])({"given": image.as_tensor(), "image": finer, "pred": finer})
+        assert seen == [(2.0, "box", pytest.approx(0.2))] * 2
 
     def test_one_file_stands_for_its_series(self, tmp_path):
         folder = toy.write_dicom(tmp_path / "series")

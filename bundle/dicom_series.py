@@ -45,7 +45,7 @@ PATIENT = (
     "PregnancyStatus PatientSpeciesDescription PatientIdentityRemoved DeidentificationMethod DeidentificationMethodCodeSequence"
 )
 STUDY = "StudyInstanceUID StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName StudyDescription"
-SERIES = "PatientPosition BodyPartExamined ProtocolName SeriesDate SeriesTime FrameOfReferenceUID PositionReferenceIndicator"
+SERIES = "PatientPosition BodyPartExamined Laterality ProtocolName SeriesDate SeriesTime FrameOfReferenceUID PositionReferenceIndicator"
 EQUIPMENT = "Manufacturer ManufacturerModelName InstitutionName StationName DeviceSerialNumber SoftwareVersions"
 ACQUISITION = (
     "AcquisitionDate AcquisitionTime AcquisitionNumber ScanningSequence SequenceVariant ScanOptions MRAcquisitionType SequenceName "
@@ -63,6 +63,8 @@ REQUIRED: dict[str, str | None] = dict.fromkeys(EMPTY.split()) | {
     "SequenceVariant": "NONE",
     "BodyPartExamined": "BRAIN",
 }
+
+IDENTITY = "SpecificCharacterSet PatientName PatientID StudyInstanceUID StudyID AccessionNumber FrameOfReferenceUID"  # valid or not
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +111,7 @@ def derived_series(image: MetaTensor, made_with: dict) -> list[Dataset]:
     """
     sources = [slices_of(file)[0][frame or 0] for file, frame in json.loads(image.meta["dicom_slices"])]
     common = _common(sources[0], image, made_with, [s.uid for s in sources])
-    volume = image.as_tensor()[0].float().cpu().numpy().astype(np.float64)
+    volume = image.as_tensor()[0].float().cpu().numpy()
     to_lps = TO_RAS @ np.asarray(image.affine, dtype=np.float64)
     spacing = np.linalg.norm(to_lps[:3, :3], axis=0)
     common.ImageOrientationPatient = _decimals([*(to_lps[:3, 0] / spacing[0]), *(to_lps[:3, 1] / spacing[1])])
@@ -122,6 +124,7 @@ def derived_series(image: MetaTensor, made_with: dict) -> list[Dataset]:
     common.RescaleIntercept, common.RescaleSlope, common.RescaleType = "0", DSfloat(slope, auto_format=True), "US"
     low, high = np.percentile(volume, (0.5, 99.5))
     common.WindowCenter, common.WindowWidth = _decimals([(low + high) / 2, max(high - low, slope)])
+    common.VOILUTFunction = "LINEAR_EXACT"  # allows a window narrower than 1
     normal = to_lps[:3, 2] / spacing[2]
     places = np.asarray([s.position for s in sources]) @ normal
     series = []
@@ -133,7 +136,8 @@ def derived_series(image: MetaTensor, made_with: dict) -> list[Dataset]:
         ds.SOPInstanceUID, ds.InstanceNumber = _uid(common.SeriesInstanceUID, k), k + 1
         distances = np.abs(places - position @ normal)
         near = np.flatnonzero(distances < max(distances.min(), float(image.meta["slice_spacing"]) - 1e-3) + 1e-6)
-        ds.SourceImageSequence = [_reference(sources[n]) for n in near]
+        if all(s.uid for s in sources):
+            ds.SourceImageSequence = [_reference(sources[n]) for n in near]
         ds.PixelData = np.rint(volume[..., k].T / slope).astype("<i2").tobytes()
         series.append(ds)
     return series
@@ -186,12 +190,14 @@ def _common(source: Slice, image: MetaTensor, made_with: dict, uids: Sequence[st
         header = header_of(source.file)
         ds = Dataset()
         for key in COPIED:
-            if key in header and (key in REQUIRED or _is_valid(header[key])):
+            if key in header and (key in IDENTITY.split() or _is_valid(header[key])):
                 ds[key] = header[key]
     _add_acquisition(ds, header)
     for key, value in REQUIRED.items():
         if key not in ds or (value and not ds[key].VM):
             setattr(ds, key, value)
+    if "Laterality" not in ds and ds.BodyPartExamined not in ("BRAIN", "HEAD", "SKULL"):
+        ds.Laterality = ""  # wanted of what may be one of a pair
     image_type = header.get("ImageType") or []
     kind = [value for value in ([image_type] if isinstance(image_type, str) else image_type)[2:] if value and value != "MOSAIC"]
     ds.ImageType = ["DERIVED", "SECONDARY", *(kind or ["OTHER"])]

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from .degradation import PROFILES, check_factor, degrade, degrade_slices, phases
-from .dicom import find_series
+from .dicom import find_dicom, is_dicom, is_dicom_volume, passed_over
 from .errors import InputError, reason, switch
 from .files import RESULT_MARK, is_done, namesakes
 from .transforms import name_of
@@ -49,23 +49,12 @@ def find_volumes(path: str | Path, pattern: str | Sequence[str] | None = None) -
     visible = [f for f in path.rglob("*") if (f.is_file() or (f.is_symlink() and not f.exists())) and not f.name.startswith(".")]
     files = {str(f) for f in visible if any(f.match(p) for p in patterns) and not _is_result(f)}
     if pattern is None:
-        for folder in {f.parent for f in visible if _is_dicom(f)}:
-            series = find_series(folder)
-            files |= {str(folder / identifier) for identifier in series} if len(series) > 1 else {str(folder)}
+        for folder in {f.parent for f in visible if is_dicom(f)}:
+            files |= set(find_dicom(folder, results=folder == path))
     if not files:
-        raise InputError(f"{path}: holds no volume ({', '.join(patterns)}{', DICOM' if pattern is None else ''})")
+        others = f"; passed over: {passed_over(path)}" if pattern is None and passed_over(path) else ""
+        raise InputError(f"{path}: holds no volume ({', '.join(patterns)}{', DICOM' if pattern is None else ''}){others}")
     return sorted(files)
-
-
-def _is_dicom(file: Path) -> bool:
-    if file.name.upper() == "DICOMDIR" or file.suffix.lower() not in ("", ".dcm", ".ima"):  # an index is no slice
-        return False
-    try:
-        with file.open("rb") as stream:
-            stream.seek(128)
-            return stream.read(4) == b"DICM"
-    except OSError:  # no permission to read it
-        return False
 
 
 def _is_result(file: Path) -> bool:
@@ -121,6 +110,7 @@ class InferenceDataset(Dataset):
         made_with: settings that a result must have been made with to count as done.
         overwrite: do everything again.
         report: whether an HTML report belongs to a result.
+        dicom: whether a DICOM series belongs to the result of a volume that came as DICOM.
     """
 
     def __init__(
@@ -133,11 +123,13 @@ class InferenceDataset(Dataset):
         made_with: dict | None = None,
         overwrite: bool | str = False,
         report: bool | str = False,
+        dicom: bool | str = False,
     ) -> None:
         self.data, self.transform = data, transform
         self.output_dir, self.root, self.made_with = output_dir, root, made_with or {}
         self.overwrite = switch("overwrite", overwrite)
         self.endings = ["_sr.nii.gz"] + ["_sr.html"] * switch("report", report)
+        self.dicom = switch("dicom", dicom)
         self.namesakes = namesakes(volumes, root) if output_dir is not None else {}
 
     def __len__(self) -> int:
@@ -157,7 +149,8 @@ class InferenceDataset(Dataset):
             return {**item, "error": reason(e)}
 
     def _is_done(self, volume: str) -> bool:
-        return self.output_dir is not None and is_done(volume, self.output_dir, self.root, self.made_with, self.endings)
+        endings = self.endings + ["_sr_dicom"] * (self.dicom and is_dicom_volume(volume))
+        return self.output_dir is not None and is_done(volume, self.output_dir, self.root, self.made_with, endings)
 
 
 class PatchDataset(Dataset):

@@ -66,10 +66,10 @@ def is_done(volume: str, output_dir: str | Path, root: str, made_with: dict, end
     Args:
         volume, output_dir, root: as of :func:`result_path`.
         made_with: the settings, as they are kept in the report beside the result.
-        endings: of the files that it consists of, beside that report.
+        endings: of the files and folders that it consists of, beside that report.
     """
     report = result_path(volume, output_dir, root, "_sr.json")  # written last
-    if not all(result_path(volume, output_dir, root, ending).is_file() for ending in ("_sr.json", *endings)):
+    if not all(result_path(volume, output_dir, root, ending).exists() for ending in ("_sr.json", *endings)):
         return False
     try:
         done = json.loads(report.read_text(encoding="utf-8"))

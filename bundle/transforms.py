@@ -17,9 +17,8 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import ImageReader, ITKReader, MetaTensor
+from monai.data import ImageReader, MetaTensor
 from monai.transforms import InvertibleTransform, LoadImage, MapTransform, Orientation, SpatialCrop
-from pydicom.misc import is_dicom
 
 from . import version
 from .degradation import (
@@ -33,7 +32,8 @@ from .degradation import (
     refined_size,
     upsample,
 )
-from .dicom import check_slices, find_series, modality
+from .dicom import is_dicom_volume
+from .dicom_volume import load_series
 from .errors import InputError, switch
 from .figures import Panel, save_panels
 from .files import RESULT_MARK, fingerprint, result_path, write_json, write_whole
@@ -69,7 +69,8 @@ class LoadVolumed(MapTransform):
 
     Args:
         keys: file names (NIfTI, Analyze, MetaImage, NRRD), DICOM folders or series (see :func:`bundle.data.find_volumes`).
-        reader: MONAI reader, by name; ``None`` takes nibabel for NIfTI and Analyze, ITK for the rest.
+        reader: MONAI reader, by name; ``None`` takes nibabel for NIfTI and Analyze, :func:`bundle.dicom_volume.load_series` for DICOM,
+            ITK for the rest.
 
     Raises:
         InputError: naming the file and the reason, for a file that cannot be read or holds no single-channel volume with
@@ -96,9 +97,11 @@ class LoadVolumed(MapTransform):
             header: Any = nib.load(path) if _is_nifti(source) and source.is_file() else None
             if header is not None and header.get_data_dtype().names:
                 raise InputError(f"{path}: one grey-scale volume expected, got colours")
-            if source.is_file() and is_dicom(source):
-                check_slices(path, [path])  # it may hold all slices as its frames
-            image = self.loader(path, reader=self._reader(source)) if source.is_file() else self._load_series(source)
+            if header is None and self.reader is None and is_dicom_volume(source):
+                image = load_series(source)
+                remarks = [remark for remark in image.meta["remarks"].split("\n") if remark]
+            else:
+                image = self.loader(path, reader=self._reader(source))
             if isinstance(header, nib.Nifti1Pair):
                 remarks = _follow_header(image, header)
         except InputError:
@@ -125,21 +128,6 @@ class LoadVolumed(MapTransform):
         # one reader and no other: MONAI would try all it knows in turn, among them numpy's, which runs what a pickle tells it to
         name = self.reader or ("NibabelReader" if _is_nifti(source) else "ITKReader")
         return getattr(monai.data, name)()
-
-    def _load_series(self, source: Path) -> MetaTensor:
-        folder = source if source.is_dir() else source.parent
-        series = find_series(folder)
-        if source.is_dir() and len(series) > 1:
-            raise InputError(f"{source}: holds {len(series)} DICOM series; name one of them: {source / min(series)}, ...")
-        identifier = next(iter(series), "") if source.is_dir() else source.name
-        if identifier not in series:
-            raise InputError(f"{source}: no such file, folder or DICOM series")
-        files = series[identifier]
-        check_slices(str(source), files)
-        reader = self._reader(source) if self.reader else ITKReader(series_name=identifier)
-        image = self.loader(str(folder), reader=reader)
-        image.meta["modality"] = modality(files[0])
-        return image
 
 
 class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):
@@ -534,8 +522,8 @@ class Consistencyd(MapTransform):
         values = {}
         for name, key in zip(("interpolated", "result"), self.keys):
             volume = data[key].as_tensor()
-            if len(factors) > 2:  # the slice profile is not known: a box without gaps
-                volume = acquire_slices(volume, factors[2], "box")
+            if len(factors) > 2:  # the slice profile is not known: a box, with the gap that the header tells
+                volume = acquire_slices(volume, factors[2], "box", _gap(data[self.keys[0]]))
             slices = volume.movedim(-1, 0)
             error = sum(float((downsample(s.float().cpu(), factors[:2]) - g).square().sum()) for s, g in zip(slices, given))
             values[name] = round(-10 * math.log10(max(error / given.numel(), 1e-20)), 2)
@@ -623,6 +611,14 @@ class SaveReportd(MapTransform):
 def name_of(image: MetaTensor) -> str:
     """File that a volume was loaded from."""
     return str(image.meta.get("filename_or_obj", "volume"))
+
+
+def _gap(image: MetaTensor) -> float:
+    """Gap between the slices that a refined volume was made of, as a fraction of their distance; 0 where their thickness is not known or
+    their axis is not the last one."""
+    thickness, spacing = (float(image.meta.get(key, 0)) for key in ("slice_thickness", "slice_spacing"))
+    given = float(image.pixdim[2]) * float(image.meta["factor"][2])
+    return max(0.0, 1 - thickness / spacing) if thickness and abs(spacing - given) < 0.01 * given else 0.0
 
 
 def _is_nifti(source: Path) -> bool:

@@ -25,6 +25,7 @@ import requests
 import torch
 from monailabel.client import MONAILabelClient
 
+from bundle.dicom_volume import load_series
 from bundle.networks import PixelShuffleResidualNet
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +193,20 @@ class TestInference:
             volume = server.volume("", files={"file": ("scan.nii.gz", stream)})
         assert_same(volume, expected["sagittal"])
 
+    def test_dicom_comes_back_as_dicom_where_it_is_asked_for(self, server):
+        folder = toy.write_dicom(server.folder / "dicom", to_world=OBLIQUE)
+        expected = server.volume(str(folder))
+        response = server.infer(str(folder), result_extension=".zip")
+        assert response.status_code == 200, response.text
+        (server.folder / "response.zip").write_bytes(response.content)
+        shutil.unpack_archive(server.folder / "response.zip", server.folder / "series")
+        image = load_series(server.folder / "series")
+        np.testing.assert_allclose(image.affine, expected.affine, atol=1e-3)
+        assert np.abs(image[0].numpy() - expected.get_fdata()).max() < 0.51 * max(1, float(image.max()) / 1000)
+        response = server.infer("axial scan", result_extension=".zip")
+        assert response.status_code == 422
+        assert "result_extension .zip is for DICOM of MR, which this is not" in response.json()["detail"]
+
     def test_scale_and_slices_are_those_asked_for(self, server):
         assert server.volume("axial scan", scale="3", axial_slices="[2, 3]").shape == (120, 108, 2)
         assert server.volume("axial scan", scale=4, axial_slices=[1, 1]).shape == (160, 144, 1)
@@ -218,7 +233,7 @@ class TestInference:
             ({"device": "$open('pwned', 'w')"}, "no such device: \"$open('pwned', 'w')\""),
             (
                 {"result_extension": "/../../pwned.nii"},
-                "result_extension must be one of .nii.gz, .nii, .nrrd, .mha, got '/../../pwned.nii'",
+                "result_extension must be one of .nii.gz, .nii, .nrrd, .mha, .zip, got '/../../pwned.nii'",
             ),
         ],
     )

@@ -26,6 +26,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from bundle.dicom_volume import write_file
 from bundle.networks import MultiScaleResidualNet
 
 SHAPE = (40, 36, 6)
@@ -143,7 +144,7 @@ def write_dicom(folder: Path, array: np.ndarray | None = None, to_world: np.ndar
         ds.BitsAllocated = ds.BitsStored = 16
         ds.HighBit, ds.PixelRepresentation = 15, 1
         ds.PixelData = array[..., k].T.astype("<i2").tobytes()
-        pydicom.dcmwrite(path, ds, enforce_file_format=True)
+        write_file(path, ds)
     return folder
 
 
@@ -393,7 +394,6 @@ BAD_VOLUMES: dict[str, Callable[[Path], Path]] = {
     "DICOM: a slice with larger pixels": _dicom(lambda files: _enlarge_pixels(files[2])),
     "DICOM, enhanced: a frame is missing": _dicom(lambda files: enhance_dicom(files[0].parent, [0, 1, 2, 4, 5])),
     "DICOM, enhanced: a series over time": _dicom(lambda files: enhance_dicom(files[0].parent, [0, 1, 2, 0, 1, 2])),
-    "DICOM, enhanced: frames in no order": _dicom(lambda files: enhance_dicom(files[0].parent, [0, 2, 4, 1, 3, 5])),
     "DICOM: a truncated slice": _dicom(lambda files: files[2].write_bytes(files[2].read_bytes()[:-2000])),
 }
 

@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 METADATA = json.loads((CONFIGS / "metadata.json").read_text())
 NAME = "super_resolution"  # of the model, its trainer, the strategy, and the datastore's note on a result
-FORMATS = (".nii.gz", ".nii", ".nrrd", ".mha")
+FORMATS = (".nii.gz", ".nii", ".nrrd", ".mha", ".zip")  # the last one: a DICOM series
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ class SuperResolution(InferTask):
         """Super-resolve ``request["image"]``, a file or DICOM folder.
 
         Returns:
-            file of the result, float32 in the format ``request["result_extension"]``, whatever type of voxel is asked for; and options.
+            file of the result, float32 in the format ``request["result_extension"]``, whatever type of voxel is asked for (``".zip"``
+            is a DICOM series, of a scan that came as DICOM); and options.
 
         Raises:
             HTTPException: with the reason, in one line.
@@ -137,8 +138,11 @@ class SuperResolution(InferTask):
                     output_dir=folder,
                     checkpoint=self.get_path(),
                     device=device_of(request),
+                    dicom=extension == ".zip",
                     **options,
                 )
+                if extension == ".zip":
+                    return zipped(Path(folder), request["image"]), {"label_names": {}, **options}
                 (result,) = Path(folder).rglob("*_sr.nii.gz")
                 return converted(result, extension), {"label_names": {}, **options}
             except Exception as e:
@@ -330,6 +334,20 @@ def failure_in(folder: str) -> str | None:
         return None
     with path.open(newline="", encoding="utf-8") as stream:
         return next(csv.DictReader(stream))["reason"]
+
+
+def zipped(folder: Path, image: str) -> str:
+    """Temporary file with the DICOM series that a run wrote below a folder.
+
+    Raises:
+        InputError: when it wrote none.
+    """
+    series = next(folder.rglob("*_sr_dicom"), None)
+    if series is None:
+        raise InputError(f"{image}: result_extension .zip is for DICOM of MR, which this is not")
+    handle, file = tempfile.mkstemp(suffix=".zip")
+    os.close(handle)
+    return shutil.make_archive(file.removesuffix(".zip"), "zip", series)
 
 
 def converted(volume: Path, extension: str) -> str:

@@ -1,0 +1,269 @@
+"""From the slices of a DICOM series to a volume with its affine, and what its header says."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import itk
+import numpy as np
+import pydicom
+import torch
+from monai.data import MetaTensor
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+
+from .dicom import Slice, passed_over, slices_of, volumes_in
+from .errors import InputError
+
+__all__ = ["TO_RAS", "check_slices", "load_series", "write_file"]
+
+TOLERANCE = 0.05  # of the slice distance: how far a slice may lie from its place on an even grid
+TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's coordinates grow to the left and to the back
+
+
+def load_series(path: str | Path) -> MetaTensor:
+    """The volume of a DICOM folder, of a series in one (``folder/identifier``), or of the series that a file is a part of.
+
+    Args:
+        path: as :func:`bundle.dicom.find_series` names it, or a file.
+
+    Returns:
+        (1, columns, rows, slices) in float32, with its affine (mm, RAS). ``meta`` tells ``"modality"``; ``"slice_thickness"`` where it
+        is known and ``"slice_spacing"``, the distance of the slices' centres, both in mm; ``"remarks"``, what is odd, a line each; and
+        ``"dicom_slices"``, a JSON list of the file and frame of each slice.
+
+    Raises:
+        InputError: naming what is wrong: no such series, several of them, slices that make up no volume, pixels that cannot be read.
+    """
+    source = Path(path)
+    found, remarks = _chosen(source)
+    slices, copies = _without_copies(found)
+    if copies:
+        files = list(dict.fromkeys(Path(copy.file).name for copy, _ in copies))
+        remarks.append(f"{len(files)} copies of slices are left out ({', '.join(files[:3])}{', ...' if len(files) > 3 else ''})")
+    affine, distance = check_slices(str(source), slices)
+    planes = _Planes(str(source))
+    volume = np.empty((len(slices), *slices[0].size), np.float32)
+    for n, slice_ in enumerate(slices):
+        volume[n] = planes[slice_]
+    for copy, original in copies:
+        if not np.array_equal(planes[copy], planes[original]):
+            raise InputError(f"{source}: {copy.name} and {original.name} have one SOPInstanceUID and place, but different pixels")
+    if slices[0].inverted:
+        volume = volume.max() - volume
+        remarks.append("MONOCHROME1, the smallest value is white: the intensities are inverted (largest minus value)")
+    remarks += _remarks(slices, distance)
+    meta = {
+        "modality": slices[0].modality,
+        "slice_spacing": distance,
+        "original_affine": torch.as_tensor(affine),
+        "remarks": "\n".join(remarks),
+        "dicom_slices": json.dumps([[s.file, s.frame] for s in slices]),
+    }
+    if slices[0].thickness:
+        meta["slice_thickness"] = float(np.median([s.thickness or slices[0].thickness for s in slices]))
+    array = torch.from_numpy(np.ascontiguousarray(volume.transpose(2, 1, 0)))[None]
+    return MetaTensor(array, affine=torch.as_tensor(affine), meta=meta)
+
+
+def check_slices(series: str, slices: Sequence[Slice]) -> tuple[np.ndarray, float]:
+    """Refuse slices that do not lie one above the other at equal distances: readers would silently stretch the gap away.
+
+    Args:
+        series: name for messages.
+        slices: in the order of their positions.
+
+    Returns:
+        affine from (column, row, slice) to RAS in mm, and the distance of the slices in mm.
+
+    Raises:
+        InputError: naming the slices between which one is missing, those at one position, or what else is wrong.
+    """
+    first = slices[0]
+    for slice_ in slices:
+        if slice_.problem:
+            raise InputError(f"{series}: {slice_.name} is {slice_.problem}")
+        if len(slice_.position) != 3 or len(slice_.orientation) != 6:
+            raise InputError(f"{series}: {slice_.name} does not say where its slice lies")
+        if len(slice_.spacing) != 2 or min(slice_.spacing) <= 0:
+            raise InputError(f"{series}: {slice_.name} does not say the size of its pixels")
+        if not np.allclose(slice_.spacing, first.spacing, rtol=1e-3):
+            raise InputError(f"{series}: {slice_.name} has pixels of {slice_.spacing} mm, {first.name} of {first.spacing} mm")
+        if slice_.inverted != first.inverted:
+            raise InputError(f"{series}: one of {slice_.name} and {first.name} is MONOCHROME1, the other MONOCHROME2")
+    row, column = np.mean([s.orientation for s in slices], 0).reshape(2, 3)
+    row = row / np.linalg.norm(row)
+    column = column / np.linalg.norm(column)
+    if abs(row @ column) > 0.01:
+        raise InputError(f"{series}: rows and columns are not at right angles ({first.orientation})")
+    column = column - (row @ column) * row
+    normal = np.cross(row, column / np.linalg.norm(column))
+    positions = np.asarray([s.position for s in slices])
+    distance = _even_distance(series, slices, positions, normal, np.stack([row, column], 1))
+    to_lps = np.eye(4)
+    to_lps[:3, 0], to_lps[:3, 1] = row * first.spacing[1], column / np.linalg.norm(column) * first.spacing[0]
+    to_lps[:3, 2], to_lps[:3, 3] = normal * distance, positions[0]
+    return TO_RAS @ to_lps, distance
+
+
+def _even_distance(series: str, slices: Sequence[Slice], positions: np.ndarray, normal: np.ndarray, in_plane: np.ndarray) -> float:
+    """Distance of slices along their normal, (3,), in mm; that of a single one is what its header says."""
+    if len(slices) == 1:
+        return _told_distance(slices[0]) or 1.0
+    places, names = positions @ normal, [s.name for s in slices]
+    distances = np.diff(places)
+    distance = float(np.median(distances))
+    nearest, widest = int(distances.argmin()), int(distances.argmax())
+    if distances[nearest] <= max(TOLERANCE * distance, 1e-3):
+        pair = f"{names[nearest]} and {names[nearest + 1]}"
+        raise InputError(f"{series}: {pair} lie at the same position (a duplicate, or a series over time)")
+    if distances[widest] > 1.5 * distance:
+        i = widest
+        raise InputError(
+            f"{series}: slices are missing between {names[i]} and {names[i + 1]}, which lie {distances[i]:.4g} mm apart "
+            f"(the others {distance:.4g} mm)"
+        )
+    even = np.linspace(places[0], places[-1], len(places))
+    if np.abs(places - even).max() > TOLERANCE * distance:
+        raise InputError(f"{series}: slices lie at uneven distances, {distances.min():.4g} to {distances.max():.4g} mm")
+    shifts = positions @ in_plane
+    if np.abs(shifts - shifts[0]).max() > TOLERANCE * distance:
+        raise InputError(f"{series}: slices are not stacked at right angles (a tilted gantry), by {np.ptp(shifts, 0).max():.4g} mm")
+    return float(places[-1] - places[0]) / (len(places) - 1)
+
+
+def _chosen(source: Path) -> tuple[list[Slice], list[str]]:
+    """The slices that a path stands for, copies among them, and remarks."""
+    folder = source if source.is_dir() else source.parent
+    if source.is_file() and not slices_of(source)[0]:
+        raise InputError(f"{source}: no slice of a scan ({slices_of(source)[1]})")
+    volumes = volumes_in(folder)[0]
+    if source.is_file():
+        volumes = {name: slices for name, slices in volumes.items() if any(s.file == str(source) for s in slices)}
+        if len(volumes) > 1:
+            names = ", ".join(str(folder / name) for name in volumes)
+            raise InputError(f"{source}: holds {len(volumes)} volumes of different orientation or echo; name one of them: {names}")
+        slices = next(iter(volumes.values()), slices_of(source)[0])  # none for a hidden file
+        count = len({(s.uid or s.file, s.frame) for s in slices})
+        whole = all(s.file == str(source) for s in slices) or count == 1
+        return slices, [] if whole else [f"one of {count} slices: the whole series beside it is taken"]
+    if source.is_dir() and len(volumes) > 1:
+        first = min(volumes)
+        raise InputError(f"{source}: holds {len(volumes)} DICOM series; name one of them: {source / first}, ...")
+    if source.is_dir() and not volumes:
+        raise InputError(f"{source}: holds no slices of a scan ({passed_over(source) or 'no DICOM file'})")
+    identifier = next(iter(volumes)) if source.is_dir() else source.name
+    if identifier not in volumes:
+        raise InputError(f"{source}: no such file, folder or DICOM series")
+    return volumes[identifier], []
+
+
+def _without_copies(slices: Sequence[Slice]) -> tuple[list[Slice], list[tuple[Slice, Slice]]]:
+    """Slices, and the copies among them, each with what it is a copy of."""
+    kept: dict[tuple, Slice] = {}
+    copies = []
+    for slice_ in slices:
+        key = (slice_.uid or slice_.file, slice_.frame, *slice_.position)
+        if key in kept:
+            copies.append((slice_, kept[key]))
+        kept.setdefault(key, slice_)
+    return list(kept.values()), copies
+
+
+def _told_distance(slice_: Slice) -> float | None:
+    """Distance of slices that a header tells: the larger of both numbers, for some scanners write the gap for the distance."""
+    told = [value for value in (slice_.distance, slice_.thickness) if value]
+    return max(told) if told else None
+
+
+def _remarks(slices: Sequence[Slice], distance: float) -> list[str]:
+    first, remarks = slices[0], []
+    if first.tiles:
+        remarks.append(f"a Siemens mosaic, unfolded to {first.tiles} slices")
+    if first.component != "magnitude":
+        remarks.append(f"by its header a {first.component} image; the network knows magnitudes")
+    if len(slices) == 1:
+        told = f"{distance:.4g} mm thick by its header" if _told_distance(first) else "of unknown thickness, taken as 1 mm"
+        return [*remarks, f"a single slice, {told}"]
+    if first.distance and (not first.thickness or first.distance >= 0.99 * first.thickness) and distance > 1.5 * first.distance:
+        remarks.append(f"slices lie {distance:.4g} mm apart, {first.distance:.4g} mm by the header: some may be missing")
+    elif first.thickness and abs(distance - first.thickness) > TOLERANCE * distance:
+        gap = distance - first.thickness
+        remarks.append(
+            f"slices {first.thickness:.4g} mm thick lie {distance:.4g} mm apart: "
+            + (f"a gap of {gap:.4g} mm" if gap > 0 else f"they overlap by {-gap:.4g} mm")
+        )
+    return remarks
+
+
+def write_file(path: str | Path, dataset: pydicom.Dataset) -> None:
+    """Write a dataset, little-endian with explicit VRs or compressed as its file meta information says."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that do not follow the standard, where they come from another file
+        if pydicom.__version_info__[0] == "2":  # what MONAI Label wants
+            dataset.is_little_endian, dataset.is_implicit_VR = True, False
+            pydicom.dcmwrite(path, dataset, write_like_original=False)
+        else:
+            pydicom.dcmwrite(path, dataset, enforce_file_format=True)
+
+
+class _Planes:
+    """The values of slices, (rows, columns) each; the file that was read last is kept for its other frames."""
+
+    def __init__(self, series: str) -> None:
+        self.series, self.file, self.frames = series, "", np.empty(0)
+
+    def __getitem__(self, slice_: Slice) -> np.ndarray:
+        if slice_.file != self.file:
+            try:
+                self.frames, self.file = _stored(slice_.file), slice_.file
+            except Exception as e:  # a decoder can fail in any way on damaged pixels
+                lines = str(e).strip().splitlines() or [type(e).__name__]
+                raise InputError(
+                    f"{self.series}: the pixels of {Path(slice_.file).name} cannot be read ({lines[-1].split(' - ')[0]})"
+                ) from e
+        plane = self.frames[0 if slice_.tiles else slice_.frame or 0]
+        if slice_.tiles:
+            height, width = slice_.size
+            row, column = divmod(slice_.frame or 0, plane.shape[1] // width)
+            plane = plane[row * height : (row + 1) * height, column * width : (column + 1) * width]
+        return plane.astype(np.float64) * slice_.slope + slice_.intercept
+
+
+def _stored(file: str) -> np.ndarray:
+    """Stored values of a file, (frames, rows, columns): pydicom's, or those of ITK's GDCM where they are compressed by JPEG's methods."""
+    ds = pydicom.dcmread(file, force=True)
+    meta = ds.file_meta
+    if "TransferSyntaxUID" not in meta:  # no preamble
+        implicit, little = getattr(ds, "original_encoding", (True, True))
+        meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+    compressed = meta.TransferSyntaxUID.is_compressed and not meta.TransferSyntaxUID.is_deflated
+    if compressed and meta.TransferSyntaxUID != RLELossless:
+        array = _decompressed(ds)
+    else:
+        array = ds.pixel_array
+        allocated, stored = int(ds.get("BitsAllocated", 16)), int(ds.get("BitsStored", 16))
+        if array.dtype.kind in "iu" and stored < allocated:  # other bits may hold an overlay
+            array = (array << (allocated - 1 - int(ds.get("HighBit", stored - 1)))) >> (allocated - stored)
+    return array.reshape(-1, *array.shape[-2:])
+
+
+def _decompressed(ds: pydicom.Dataset) -> np.ndarray:
+    """Stored values by GDCM: of a copy without the rescaling, which ITK would apply, the first frame's to all, rounded to whole numbers."""
+    copy = pydicom.Dataset()
+    for key in ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel", "PixelData"):
+        copy[key] = ds[key]
+    copy.PhotometricInterpretation = "MONOCHROME2"
+    copy.SOPClassUID = "1.2.840.10008.5.1.4.1.1.7.3"  # multi-frame grayscale word secondary capture: no geometry is expected
+    copy.SOPInstanceUID, copy.Modality = "1.2.3", "OT"
+    count = int(ds.get("NumberOfFrames") or 1)
+    copy.NumberOfFrames = count
+    copy.file_meta = pydicom.dataset.FileMetaDataset()
+    copy.file_meta.TransferSyntaxUID = ds.file_meta.TransferSyntaxUID
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pixels.dcm"
+        write_file(path, copy)
+        return itk.array_from_image(itk.imread(str(path), imageio=itk.GDCMImageIO.New()))

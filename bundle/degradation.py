@@ -24,9 +24,11 @@ __all__ = [
     "Factor",
     "acquire_slices",
     "check_factor",
+    "conditions",
     "degrade",
     "degrade_slices",
     "downsample",
+    "enlarge",
     "interpolate_slices",
     "phases",
     "refined_size",
@@ -35,10 +37,11 @@ __all__ = [
 
 DEGRADATIONS = ("bicubic", "kspace")
 PROFILES = ("gaussian", "box")
-INTERPOLATIONS = ("bicubic", "kspace", "bilinear", "nearest")
+INTERPOLATIONS = ("bicubic", "spline", "kspace", "bilinear", "nearest")
 
 Factor = float | Sequence[float]  # of both axes, or of the rows and of the columns
 
+NOISE_UNIT = 0.02  # of the intensity scale
 PIXEL_FRACTION = 0.01  # as much of a pixel may be missing or too much: a spacing in a file has few digits
 
 
@@ -68,11 +71,11 @@ def downsample(image: Tensor, factor: Factor, mode: str = "bicubic") -> Tensor:
 def upsample(image: Tensor, factor: Factor, mode: str = "bicubic") -> Tensor:
     """Image on a grid refined by ``factor``: (..., H, W) to (..., floor(factor H), floor(factor W)). Arguments as of :func:`downsample`.
 
-    ``"bicubic"`` interpolates with the same kernel; ``"kspace"`` fills the outer k-space with zeros; ``"bilinear"`` and
+    ``"bicubic"`` interpolates with the same kernel; ``"spline"`` with cubic B-splines (:func:`interpolate_slices`); ``"kspace"`` fills the outer k-space with zeros; ``"bilinear"`` and
     ``"nearest"`` are there to be compared with.
     """
     factors = check_factor(factor)
-    return _refine(image, [refined_size(side, f) for side, f in zip(image.shape[-2:], factors)], factors, mode)
+    return enlarge(image, factors, [refined_size(side, f) for side, f in zip(image.shape[-2:], factors)], mode)
 
 
 def degrade(image: Tensor, factor: Factor, mode: str = "bicubic", interpolation: str | None = None) -> Tensor:
@@ -82,7 +85,7 @@ def degrade(image: Tensor, factor: Factor, mode: str = "bicubic", interpolation:
         image, factor, mode: see :func:`downsample`.
         interpolation: mode of :func:`upsample`; ``None`` is that of the degradation.
     """
-    return _refine(downsample(image, factor, mode), list(image.shape[-2:]), check_factor(factor), interpolation or mode)
+    return enlarge(downsample(image, factor, mode), check_factor(factor), image.shape[-2:], interpolation or mode)
 
 
 def acquire_slices(image: Tensor, factor: float, profile: str = "gaussian", gap: float = 0.0) -> Tensor:
@@ -160,6 +163,25 @@ def phases(factors: Sequence[float], rows: slice, columns: slice) -> Tensor:
     return torch.stack(maps).float()
 
 
+def conditions(
+    factors: Sequence[float], rows: slice, columns: slice, widths: Sequence[float | None] = (None, None), noise: float = 0.0
+) -> Tensor:
+    """What the general network is told of a slice, pixel by pixel.
+
+    Args:
+        factors, rows, columns: as of :func:`phases`.
+        widths: slice thickness over slice distance, for an axis across which slices lie and where it is known; else ``None``.
+        noise: standard deviation, on the scale of the intensities.
+
+    Returns:
+        (9, H, W): :func:`phases`, then, constant, both widths (0 where they are unknown) and the noise in units of 0.02, so that all are of
+        order 1.
+    """
+    maps = phases(factors, rows, columns)
+    facts = torch.tensor([*(width or 0.0 for width in widths), noise / NOISE_UNIT])
+    return torch.cat([maps, facts[:, None, None].expand(3, *maps.shape[1:])])
+
+
 def refined_size(side: int, factor: float) -> int:
     """Pixels of an axis of ``side`` pixels once it is refined: as many whole ones as its field of view holds."""
     return math.floor(side * factor + PIXEL_FRACTION)
@@ -190,9 +212,15 @@ def _pad_end(image: Tensor, rows: int, columns: int) -> Tensor:
     return image
 
 
-def _refine(image: Tensor, size: list[int], factors: tuple[float, float], mode: str) -> Tensor:
+def enlarge(image: Tensor, factors: Sequence[float], size: Sequence[int], mode: str = "bicubic") -> Tensor:
+    """:func:`upsample` to a given size, that of the image before it was coarse: (..., h, w) to (..., *size)."""
     _check_mode(mode, INTERPOLATIONS)
-    return _resample(image, size, (1 / factors[0], 1 / factors[1]), mode)
+    if mode == "spline":
+        for axis, points, factor in zip((-2, -1), size, factors):
+            if factor > 1:
+                image = interpolate_slices(image.movedim(axis, -1), factor, points).movedim(-1, axis)
+        return image
+    return _resample(image, list(size), (1 / factors[0], 1 / factors[1]), mode)
 
 
 def _resample(image: Tensor, size: list[int], steps: tuple[float, float], mode: str) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .degradation import phases
+from .degradation import conditions
 from .errors import switch
 from .memory import release_freed_memory
 
@@ -60,6 +60,8 @@ class ForegroundInferer(SliceInferer):
         margin: pixels around the anatomy that are computed with it, rounded up to blocks, for the network's receptive field. What lies
             further away matters less; docs/performance.md says how to measure it.
         phases: whether the network is told the factor of ``inputs.meta["factor"]`` (:func:`bundle.degradation.phases`).
+        facts: whether it is also told the width of the slice profile, ``inputs.meta["slice_width"]`` where that is known, and the noise,
+            ``inputs.meta["noise"]`` (:func:`bundle.degradation.conditions`).
         progress: whether to show a bar, which counts slices.
         kwargs: of :class:`monai.inferers.SliceInferer`. Its ``roi_size`` and ``sw_batch_size`` hold within a box or band.
 
@@ -74,10 +76,11 @@ class ForegroundInferer(SliceInferer):
         threshold: float = 0.03,
         margin: int = 8,
         phases: bool = False,
+        facts: bool = False,
         progress: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.skip_background, self.phases = switch("skip_background", skip_background), phases
+        self.skip_background, self.phases, self.facts = switch("skip_background", skip_background), phases, facts
         if threshold < 0 or margin < 0:
             raise ValueError(f"threshold and margin must not be negative, got {threshold} and {margin}")
         self.threshold, self.margin, self.show_slices = threshold, margin, progress
@@ -110,10 +113,13 @@ class ForegroundInferer(SliceInferer):
     def _telling(self, network: Callable[..., Any], inputs: Tensor) -> Callable[[slice, slice], Callable[..., Any]]:
         """For a part of the slices, the network that is told its phases."""
         factors = [float(factor) for factor in [*inputs.meta["factor"], 1.0][:3]]  # type: ignore[attr-defined]  # of slices, in-plane
-        del factors[self.spatial_dim]
+        widths = [None, None, inputs.meta.get("slice_width")]  # type: ignore[attr-defined]
+        noise = float(inputs.meta.get("noise", 0))  # type: ignore[attr-defined]
+        del factors[self.spatial_dim], widths[self.spatial_dim]
 
         def told(rows: slice, columns: slice) -> Callable[..., Any]:
-            maps = phases(factors, rows, columns).to(inputs)
+            maps = conditions(factors, rows, columns, widths, noise).to(inputs)
+            maps = maps if self.facts else maps[:6]
             return lambda x, *args, **kwargs: network(torch.cat([x, maps.expand(len(x), *maps.shape)], 1), *args, **kwargs)
 
         return told

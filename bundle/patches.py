@@ -12,42 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .acquisition import Acquisition, Sampling, acquired_fraction
-from .degradation import check_factor, downsample, interpolate_slices, phases
+from .degradation import check_factor, conditions, downsample, enlarge
 from .errors import InputError
 from .transforms import name_of
 
-__all__ = ["AcquiredPatches", "RandomAcquisition", "RandomContrast", "conditions", "refine"]
+__all__ = ["AcquiredPatches", "RandomAcquisition", "RandomContrast"]
 
 THICK = 1.4  # times the smallest spacing: an axis that is coarser is left to the planes across it
-NOISE_UNIT = 0.02  # of the intensity scale: noise is told in these, so that all facts are of order 1
-
-
-def conditions(
-    factors: Sequence[float], rows: slice, columns: slice, widths: Sequence[float | None] = (None, None), noise: float = 0.0
-) -> Tensor:
-    """What the general network is told of a slice, pixel by pixel.
-
-    Args:
-        factors: of the rows and of the columns.
-        rows, columns: the part of the slice, in its pixels.
-        widths: slice thickness over slice distance, of an axis across which slices lie and where it is known; else ``None``.
-        noise: standard deviation, on the scale of the intensities.
-
-    Returns:
-        (9, H, W): :func:`bundle.degradation.phases`, then, constant, both widths (0 where they are unknown) and the noise in units of 0.02.
-    """
-    maps = phases(factors, rows, columns)
-    facts = torch.tensor([*(width or 0.0 for width in widths), noise / NOISE_UNIT])
-    return torch.cat([maps, facts[:, None, None].expand(3, *maps.shape[1:])])
-
-
-def refine(measured: Tensor, factors: Sequence[float], size: Sequence[int]) -> Tensor:
-    """Cubic B-spline interpolation of a slice, (h, w) to ``size``: the general network's input."""
-    if factors[1] > 1:
-        measured = interpolate_slices(measured, factors[1], size[1])
-    if factors[0] > 1:
-        measured = interpolate_slices(measured.T, factors[0], size[0]).T
-    return measured
 
 
 class RandomAcquisition:
@@ -199,12 +170,13 @@ class AcquiredPatches(Dataset):
         return len(self.volumes) * self.slices_per_volume
 
     def __getitem__(self, index: int) -> list[dict[str, Tensor]]:
-        """``[{"image": (10, size, size), "label": (1, size, size)}, ...]``: interpolated slice and :func:`conditions`, and the truth."""
+        """``[{"image": (10, size, size), "label": (1, size, size)}, ...]``: the slice interpolated by cubic
+        B-splines and :func:`bundle.degradation.conditions`, and the truth."""
         random = np.random.default_rng((self.seed, index))
         truth = self._slice(index % len(self.volumes), random)
         acquisition, told = self.acquisition(random)
         factors = [axis.factor for axis in acquisition.axes]
-        image = refine(acquisition(truth, random), factors, truth.shape)
+        image = enlarge(acquisition(truth, random), factors, truth.shape, "spline")
         # the noise is estimated where the network is used, and not to the last digit
         noise = acquisition.noise * math.exp(random.normal(0, 0.15)) + random.uniform(0, 0.002)
         patches = []

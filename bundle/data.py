@@ -15,8 +15,9 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from .degradation import PROFILES, check_factor, degrade, degrade_slices, phases
 from .dicom import find_series
-from .errors import InputError, reason, switch
-from .files import RESULT_MARK, is_done, namesakes
+from .errors import InputError, reason
+from .files import RESULT_MARK
+from .results import Results
 from .transforms import name_of
 
 __all__ = ["EpochSampler", "InferenceDataset", "PatchDataset", "RandomFactor", "RandomSlices", "find_volumes", "split_subjects"]
@@ -110,35 +111,17 @@ def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str) ->
 
 
 class InferenceDataset(Dataset):
-    """Volumes to be worked through one by one: an item that fails is given out as its error, so that the others are still done; one
-    whose result stands complete is not even loaded.
+    """Volumes of a run of inference. If loading fails, the item is returned with its error, so that the others are still done. Volumes
+    with up-to-date results are skipped.
 
     Args:
         data: items ``{"image": file name}``.
         transform: preprocessing.
-        volumes: all volumes, where ``data`` is one process's share of them: no two may have results of one name.
-        output_dir, root: see :func:`bundle.files.result_path`; ``None``: nothing counts as done.
-        made_with: settings that a result must have been made with to count as done.
-        overwrite: do everything again.
-        report: whether an HTML report belongs to a result.
+        results: of the run; ``None`` skips nothing.
     """
 
-    def __init__(
-        self,
-        data: Sequence[dict[str, str]],
-        transform: Callable,
-        volumes: Sequence[str] = (),
-        output_dir: str | None = None,
-        root: str = "",
-        made_with: dict | None = None,
-        overwrite: bool | str = False,
-        report: bool | str = False,
-    ) -> None:
-        self.data, self.transform = data, transform
-        self.output_dir, self.root, self.made_with = output_dir, root, made_with or {}
-        self.overwrite = switch("overwrite", overwrite)
-        self.endings = ["_sr.nii.gz"] + ["_sr.html"] * switch("report", report)
-        self.namesakes = namesakes(volumes, root) if output_dir is not None else {}
+    def __init__(self, data: Sequence[dict[str, str]], transform: Callable, results: Results | None = None) -> None:
+        self.data, self.transform, self.results = data, transform, results
 
     def __len__(self) -> int:
         return len(self.data)
@@ -148,16 +131,15 @@ class InferenceDataset(Dataset):
         item = self.data[index]
         volume = item["image"]
         try:
-            if volume in self.namesakes:
-                raise InputError(f"{volume}: its result would have the name of that of {self.namesakes[volume]}; rename one")
-            if not self.overwrite and self._is_done(volume):
-                return {**item, "done": True}
+            if self.results is not None:
+                if volume in self.results.name_clashes:
+                    other = self.results.name_clashes[volume]
+                    raise InputError(f"{volume}: its result would have the same name as that of {other}; rename one of them")
+                if self.results.is_done(volume):
+                    return {**item, "done": True}
             return self.transform(item)
         except Exception as e:  # a damaged file can fail anywhere in a reader
             return {**item, "error": reason(e)}
-
-    def _is_done(self, volume: str) -> bool:
-        return self.output_dir is not None and is_done(volume, self.output_dir, self.root, self.made_with, self.endings)
 
 
 class PatchDataset(Dataset):

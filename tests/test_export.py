@@ -56,14 +56,14 @@ def network() -> MultiScaleResidualNet:
 
 
 def test_the_model_card_has_a_command_for_each_step():
-    assert [re.search(r"(ckpt_export|onnx_export|model\.ts|inference_onnx)", c).group() for c in commands()] == [
-        "ckpt_export", "model.ts", "onnx_export", "inference_onnx",
+    assert [re.search(r"(ckpt_export|onnx_export|inference_torchscript|inference_onnx)", c).group() for c in commands()] == [
+        "ckpt_export", "inference_torchscript", "onnx_export", "inference_onnx",
     ]  # fmt: skip
 
 
 @torch.inference_mode()
 def test_exports_equal_the_network_on_odd_and_even_sizes(exported, network):
-    torchscript = torch.jit.load(exported / "models" / "model.ts")
+    torchscript = torch.jit.load(exported / "models" / "inference_torchscript")
     onnx = OnnxNetwork(exported / "models" / "model.onnx")
     for shape in ODD_AND_EVEN:
         x = torch.rand(shape, generator=torch.Generator().manual_seed(0))

@@ -2,6 +2,7 @@ import contextlib
 import csv
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -158,7 +159,7 @@ class TestGeometryAndIntensity:
             report = json.loads((out / f"{name}_sr.json").read_text())
             assert report["factor"] == pytest.approx(factor)
             assert report["statistics"]["spacing_x"] == pytest.approx(zooms[0])
-            assert report["made_with"]["spacing"] == 0.6
+            assert report["settings"]["spacing"] == 0.6
 
     @pytest.mark.parametrize("axcodes", ["RAS", "LPI", "IPR"])
     def test_axial_slices_are_counted_from_the_inferior_end(self, axcodes, infer, tmp_path):
@@ -229,7 +230,7 @@ class TestThickSlices:
         tiny = {"network_def": {"_target_": "bundle.networks.MultiScaleResidualNet", **toy.TINY}, "phases": False}
         with pytest.raises(Exception) as error:
             infer(path, overlays=["isotropic"], scale=3, **tiny)
-        assert "scale is 3, but it is the spacing that says how large isotropic voxels are" in whole_story(error.value)
+        assert "scale is 3, but isotropic voxels have the size that spacing says" in whole_story(error.value)
 
     def test_network_sees_the_two_families_of_planes_with_the_thick_axis(self):
         seen = []
@@ -277,7 +278,7 @@ class TestFormatsAndNames:
             np.testing.assert_allclose(result, bicubic(toy.head((20, 22, 3), seed=seed), 2), atol=0.01)
         assert len(files_below(out)) == 9
 
-    def test_namesakes_are_refused_and_the_others_done(self, infer, tmp_path):
+    def test_volumes_with_one_result_name_are_refused_and_the_others_done(self, infer, tmp_path):
         """A series and the file converted from it often stand side by side: which one is meant?"""
         toy.write_dicom(tmp_path / "in" / "t1", toy.head((20, 22, 3), seed=1))
         toy.write_nifti(tmp_path / "in" / "t1.nii.gz", toy.head((20, 22, 3), seed=2))
@@ -286,7 +287,7 @@ class TestFormatsAndNames:
             infer(tmp_path / "in")
         assert "2 of 3 volumes failed" in reason(error.value)
         one, other = tmp_path / "in" / "t1", tmp_path / "in" / "t1.nii.gz"
-        assert f"{one}: its result would have the name of that of {other}" in reason(error.value)
+        assert f"{one}: its result would have the same name as that of {other}" in reason(error.value)
         assert files_below(tmp_path / "out") == ["failed.csv", "t2_sr.json", "t2_sr.nii.gz", "t2_sr.png"]
 
     def test_picture_opens(self, infer, tmp_path):
@@ -388,7 +389,7 @@ class TestStartedAgain:
             infer(two, report="perhaps")
         assert reason(error.value) == "report must be true or false, got 'perhaps'"
 
-    @pytest.mark.parametrize("report", ["", "[]", "{", '{"made_with": 1}'])
+    @pytest.mark.parametrize("report", ["", "[]", "{", '{"settings": 1}'])
     def test_damaged_report_counts_as_missing(self, report, infer, two):
         out = infer(two)
         before = times_of_change(out)
@@ -425,8 +426,10 @@ class TestStartedAgain:
     def test_traces_of_a_killed_run_vanish(self, infer, two):
         out = two.parent / "out"
         out.mkdir()
+        with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+            gone.wait()
         for name in ("a_sr.nii.gz", "b_sr.png"):
-            (out / f".part-4711-{name}").write_bytes(b"half")
+            (out / f".part-{platform.node()}-{gone.pid}-{name}").write_bytes(b"half")
         infer(two)
         assert not [name for name in files_below(out) if "part" in name]
 

@@ -28,7 +28,7 @@ class PixelShuffleResidualNet(nn.Module):
 
     def __init__(self, features: int = 64, num_blocks: int = 9, stride: int = 2, phases: bool = False) -> None:
         super().__init__()
-        self.stride = stride
+        self.stride, self.channels = stride, 7 if phases else 1
         self.shallow = _conv(stride**2, features)
         told = 6 * stride**2 if phases else 0
         blocks = [ResidualBlock(features, told) for _ in range(num_blocks)]
@@ -40,6 +40,8 @@ class PixelShuffleResidualNet(nn.Module):
 
         With ``phases``, (N, 7, H, W): the slice, then its phases.
         """
+        if x.shape[1] != self.channels:
+            raise ValueError(f"{self.channels} channels expected, got {x.shape[1]}")
         height, width = x.shape[-2:]
         padded = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
         shallow = deep = self.shallow(F.pixel_unshuffle(padded[:, :1], self.stride))

@@ -38,7 +38,7 @@ from monailabel.utils.others.generic import device_list, device_map, file_checks
 
 from bundle.data import find_volumes
 from bundle.errors import InputError, reason
-from bundle.files import write_whole
+from bundle.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -272,11 +272,11 @@ class FineTuning(TrainTask):
             initial_checkpoint=self.task.get_path(),
             val_interval=1,
             device=device_of(request),
-            **{"train::handlers::5::exec_at_start": True},  # of the ValidationHandler: what is no better than the start is not kept
+            validate_at_start=True,  # what is no better than the start is not kept
         )
         better = folder / "models" / "model.pt"
         if better.exists():
-            write_whole(self.fine_tuned, lambda part: shutil.copyfile(better, part))
+            write_atomically(self.fine_tuned, lambda part: shutil.copyfile(better, part))
             logger.info("better than before on the held-out scans: inference uses %s from now on", self.fine_tuned)
         else:
             logger.info("no epoch was better than the start on the held-out scans: the weights stay as they are")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import ignite.distributed as idist
 import monai.handlers
@@ -18,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .errors import InputError, switch
 from .files import write_atomically
 
-__all__ = ["CheckpointLoader", "Checkpoints"]
+__all__ = ["CheckpointLoader", "Checkpoints", "load_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +41,18 @@ class CheckpointLoader(monai.handlers.CheckpointLoader):
             raise InputError(f"{self.load_path}: {_why_not_loaded(e)}") from e
 
 
+def load_weights(network: torch.nn.Module, path: str | Path) -> None:
+    """Load the weights that a training starts from into its network.
+
+    Raises:
+        InputError: when the file cannot be read, holds more than tensors, or belongs to another network.
+    """
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as e:
+        raise InputError(f"{path}: {_why_not_loaded(e)}") from e
+
+
 class Checkpoints:
     """Save the state of training after every epoch, and the best network, so that a killed run can go on to the same result.
 
@@ -51,15 +66,24 @@ class Checkpoints:
         network, optimizer, lr_scheduler: what is trained.
         evaluator: validation engine, whose best metric decides about ``model.pt``; ``None`` without validation.
         resume: whether to go on from ``last.pt`` where there is one.
+        settings: of the training, kept in ``last.pt``: a run with others cannot be resumed.
     """
 
     def __init__(
-        self, save_dir: str, network, optimizer, lr_scheduler, evaluator: SupervisedEvaluator | None = None, resume: bool | str = False
+        self,
+        save_dir: str,
+        network,
+        optimizer,
+        lr_scheduler,
+        evaluator: SupervisedEvaluator | None = None,
+        resume: bool | str = False,
+        settings: Mapping[str, Any] | None = None,
     ):
         self.last, self.best = Path(save_dir) / "last.pt", Path(save_dir) / "model.pt"
         self.network = network.module if isinstance(network, DistributedDataParallel) else network
         self.parts = {"network": self.network, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         self.evaluator, self.resume = evaluator, switch("resume", resume)
+        self.settings = json.loads(json.dumps(settings or {}, default=float))
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -70,7 +94,8 @@ class Checkpoints:
         """Go on from ``last.pt`` if asked to.
 
         Raises:
-            InputError: when ``last.pt`` is damaged or belongs to another network, or a new run would overwrite it.
+            InputError: when ``last.pt`` is damaged, belongs to another network or was made with other settings, or a new run would
+                overwrite it.
         """
         if trainer.state.iteration or not self.last.exists():  # a later run of one trainer is a round of federated learning
             return
@@ -80,8 +105,11 @@ class Checkpoints:
             )
         try:
             state = torch.load(self.last, map_location="cpu", weights_only=True)
+            self._compare(state.get("settings", {}))
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
+        except InputError:
+            raise
         except Exception as e:
             raise InputError(f"{self.last}: not a checkpoint of this training; {_why_not_loaded(e)}") from e
         trainer.state.iteration, trainer.state.epoch = state["iteration"], state["epoch"]
@@ -91,6 +119,11 @@ class Checkpoints:
         if self.evaluator is not None:
             self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = state["best"]
         logger.info("going on from %s after epoch %d", self.last, state["epoch"])
+
+    def _compare(self, settings: Mapping[str, Any]) -> None:
+        changed = [f"{k} {settings[k]!r}, now {v!r}" for k, v in self.settings.items() if k in settings and settings[k] != v]
+        if changed:
+            raise InputError(f"{self.last} was made with {'; '.join(changed)}: resume it with its own settings, or choose another folder")
 
     def check(self, trainer: SupervisedTrainer) -> None:
         """Stop at a loss that is not finite.
@@ -129,6 +162,7 @@ class Checkpoints:
             "random_state": torch.get_rng_state(),
             "scaler": trainer.scaler.state_dict() if trainer.scaler is not None else None,
             "best": best,
+            "settings": self.settings,
         }
         write_atomically(self.last, lambda part: torch.save(state, part))
 

@@ -110,6 +110,22 @@ def test_the_best_network_of_a_site_can_be_asked_for(sites, federation):
     assert all(torch.isfinite(value).all() for value in best.values())
 
 
+def test_initial_weights_do_not_replace_the_average_of_a_round(tmp_path):
+    toy.write_subjects(tmp_path / "data", 4)
+    initial = str(toy.save_checkpoint(tmp_path / "initial.pt"))
+    still = {**SMALL, "patches_per_volume": 8, "learning_rate": 1e-12, "initial_checkpoint": initial}
+    settings = {**still, "dataset_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out")}
+    client = MonaiAlgo(bundle_root=str(ROOT), local_epochs=1, send_weight_diff=False, train_kwargs=settings, eval_kwargs=dict(settings))
+    client.initialize({ExtraItems.CLIENT_NAME: "site"})
+    start = client.get_weights().weights
+    assert all(torch.equal(start[key], value) for key, value in torch.load(initial, weights_only=True).items())
+    for seed in (1, 2):
+        average = torch.load(toy.save_checkpoint(tmp_path / "average.pt", seed=seed), weights_only=True)
+        client.train(ExchangeObject(weights=average))
+        found = client.get_weights().weights
+        assert all(torch.allclose(found[key], value, atol=1e-6) for key, value in average.items())
+
+
 def test_the_documented_scripts_run_under_nvidia_flare(tmp_path):
     pytest.importorskip("nvflare", reason="pip install -e '.[federated]'")
     client, job = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "federated_learning.md").read_text(), re.S)

@@ -20,6 +20,7 @@ import torch
 import toy
 from PIL import Image
 
+from bundle.degradation import upsample
 from bundle.errors import reason
 from bundle.inferers import OrthogonalSlices
 
@@ -243,6 +244,33 @@ class TestThickSlices:
         assert seen == [(5, 6)] * 4 + [(4, 6)] * 5
         first, second = torch.tensor([0.0, 0, 0, 0]), torch.tensor([1.0, 1, 1, 1, 1])
         torch.testing.assert_close(result[0, 0, ..., 0], (first[:, None] + second) / 2)
+
+
+class TestWithoutWeights:
+    @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "nearest"])
+    def test_interpolation_alone_needs_no_weights(self, mode, tmp_path, monkeypatch):
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
+        files = [CONFIG, str(ROOT / "configs" / "networks" / f"{mode}.json")]
+        monai.bundle.run(config_file=files, dataset_dir=str(path), output_dir=str(tmp_path), device="$torch.device('cpu')")
+        expected = upsample(torch.from_numpy(toy.head((20, 22, 3))).movedim(-1, 0), 2, mode).movedim(0, -1)
+        np.testing.assert_allclose(nib.load(tmp_path / "a_sr.nii.gz").get_fdata(), expected, atol=0.01)
+        found = json.loads((tmp_path / "a_sr.json").read_text())["settings"]
+        assert (found["weights"], found["interpolation"], found["network"]) == (None, mode, "Identity")
+
+    def test_weights_that_nothing_loads_are_refused_in_one_line(self, infer, tmp_path):
+        """The report would name weights that did not make the result."""
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
+        with pytest.raises(Exception) as error:
+            infer(path, **{"handlers::0::_disabled_": True})
+        assert "the handler that loads the weights is switched off: use --load_weights false" in whole_story(error.value)
+
+    def test_another_margin_makes_another_result(self, infer, tmp_path):
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
+        first = times_of_change(infer(path))
+        assert times_of_change(infer(path, margin=8)) == first
+        second = times_of_change(infer(path, margin=16))
+        assert all(second[name] > first[name] for name in first)
 
 
 class TestFormatsAndNames:

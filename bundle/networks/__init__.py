@@ -5,6 +5,7 @@ from torch import channels_last, device
 from torch.nn import BatchNorm2d, Module, SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checkpoints import load_weights
 from ..errors import InputError, switch
 from ..memory import keep_freed_memory
 from .drcn import DRCN
@@ -40,7 +41,9 @@ __all__ = [
 ]
 
 
-def prepare(network: Module, device: device, fft_convolutions: bool | str = False, distributed: bool = False) -> Module:
+def prepare(
+    network: Module, device: device, fft_convolutions: bool | str = False, distributed: bool = False, weights: str | None = None
+) -> Module:
     """``network`` on ``device``, its weights in the memory format that convolutions run faster in.
 
     On a CPU freed memory is kept for the next layer (:mod:`bundle.memory`).
@@ -50,12 +53,16 @@ def prepare(network: Module, device: device, fft_convolutions: bool | str = Fals
         device: where to compute.
         fft_convolutions: whether wide convolutions run in the frequency domain (:mod:`.fft_convolution`).
         distributed: whether several processes train the network together, each with a part of every batch.
+        weights: file of the weights to start from, loaded once, here: what later replaces them (a checkpoint, the average of federated
+            sites) stays.
 
     Raises:
-        InputError: when ``fft_convolutions`` is neither true nor false; for batch normalisation in several processes on CPUs, which
-            cannot share its statistics there.
+        InputError: when ``weights`` cannot be loaded, or ``fft_convolutions`` is neither true nor false; for batch normalisation in
+            several processes on CPUs, which cannot share its statistics there.
     """
     in_frequency_domain = switch("fft_convolutions", fft_convolutions)
+    if weights is not None:
+        load_weights(network, weights)
     if device.type == "cpu":
         keep_freed_memory()
     network = network.to(device, memory_format=channels_last)  # type: ignore[call-overload]

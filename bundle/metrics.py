@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from monai.metrics import CumulativeIterationMetric
 from monai.metrics.regression import compute_ssim_and_cs
-from scipy.ndimage import gaussian_filter
+from skimage.metrics import structural_similarity
 from torch import Tensor
 
 __all__ = ["SliceMetric", "has_foreground", "psnr", "ssim", "volume_psnr", "volume_ssim"]
@@ -66,15 +65,8 @@ def volume_ssim(prediction: Tensor, target: Tensor) -> float:
     if min(target.shape[1:]) < 11:
         raise ValueError(f"SSIM needs volumes of 11 voxels or more along each axis, got {tuple(target.shape[1:])}")
 
-    def smooth(volume: np.ndarray) -> np.ndarray:
-        return gaussian_filter(volume, 1.5, radius=5)[5:-5, 5:-5, 5:-5]
-
     x, y = (volume[0].double().numpy() for volume in (prediction, target))
-    mean_x, mean_y = smooth(x), smooth(y)
-    variance_x, variance_y, covariance = smooth(x * x) - mean_x**2, smooth(y * y) - mean_y**2, smooth(x * y) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2
-    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))
-    return float(similarity.mean())
+    return float(structural_similarity(x, y, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
 
 
 def _mean(values: Tensor, target: Tensor, foreground: bool) -> Tensor:

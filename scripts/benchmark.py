@@ -59,6 +59,10 @@ def main() -> None:
     known = json.loads(given.json.read_text()) if given.json.exists() else {}
     result = {"machine": machine(), "repeats": given.repeats, **measure(given)}
     section = {result["volume"]: result} if "volume" in result else result
+    if kind == "whole":  # networks that were not measured this time keep their rows
+        before = known.get(kind, {}).get(result["volume"], {})
+        if all(before.get(key) == result[key] for key in ("side", "scale")):
+            result["rows"] = {**before["rows"], **result["rows"]}
     # several volumes stand side by side, all else is measured anew
     known[kind] = {**known.get(kind, {}), **section} if "volume" in result else section
     write_json(given.json, known)

@@ -89,7 +89,7 @@ def test_the_paper_s_settings_are_the_defaults():
     train = config("train")
     expected = {"patch_size": 31, "batch_size": 64, "max_epochs": 90, "learning_rate": 1e-3, "lr_milestones": [30, 60], "tv_weight": 0.1}
     assert {key: train[key] for key in expected} == expected
-    assert train["optimizer"]["weight_decay"] == 1e-4
+    assert train["weight_decay"] == 1e-4
     assert train["optimizer"]["betas"][0] == 0.9
 
 

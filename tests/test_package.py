@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -102,3 +103,13 @@ def test_the_script_refuses(damage, message, copy, tmp_path, monkeypatch):
         runpy.run_path(str(copy / "scripts" / "package.py"), run_name="__main__")
     assert re.match(message, str(exit.value))
     assert not (tmp_path / "dist").exists()
+
+
+def test_an_installation_that_is_not_editable_takes_configs_and_weights_along():
+    files = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    copied = {path for patterns in files.values() for pattern in patterns for path in ROOT.glob(pattern)}
+    needed = {path for name in ("configs", "models") for path in (ROOT / name).rglob("*.*") if path.suffix in (".json", ".conf", ".pt")}
+    assert needed <= copied
+    for folder, patterns in files.items():
+        below = Path(folder).relative_to("share/brain_mri_super_resolution")
+        assert {path.parent for pattern in patterns for path in ROOT.glob(pattern)} == {ROOT / below}

@@ -110,6 +110,14 @@ def test_benchmark_refines_a_volume_from_file_to_file(benchmark, tmp_path):
     assert found["bicubic"][0] > 0.5 and 0.1 < found["bicubic"][1] < 2
 
 
+def test_benchmark_keeps_the_rows_of_networks_that_it_did_not_measure(benchmark, tmp_path):
+    scan = toy.write_nifti(tmp_path / "scan.nii.gz", toy.head((30, 32, 20)), np.diag([1.1, 1, 1.5, 1]))
+    arguments = ("--whole", str(scan), "--side", "24", "--networks")
+    benchmark(*arguments, "fast")
+    _, known = benchmark(*arguments, "bicubic")
+    assert set(known["whole"]["scan.nii.gz"]["rows"]) == {"fast", "bicubic"}
+
+
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory) -> list[str]:
     """The command that compares two networks on five toy subjects by a protocol of their own; killed after its first training."""

@@ -113,3 +113,11 @@ def test_an_installation_that_is_not_editable_takes_configs_and_weights_along():
     for folder, patterns in files.items():
         below = Path(folder).relative_to("share/brain_mri_super_resolution")
         assert {path.parent for pattern in patterns for path in ROOT.glob(pattern)} == {ROOT / below}
+
+
+def test_the_readme_for_the_hub_has_front_matter_and_links_that_exist():
+    readme = runpy.run_path(str(ROOT / "scripts" / "package.py"))["hub_readme"]()
+    _, front, body = readme.split("---\n", 2)
+    assert "license: apache-2.0\n" in front and "library_name: monai\n" in front
+    links = {link.split("#")[0] for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", body)}
+    assert links and not [link for link in links if not (ROOT / link).exists()]

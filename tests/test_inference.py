@@ -39,7 +39,6 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture
 def infer(checkpoints, tmp_path, monkeypatch):
     """``infer(dataset_dir, overrides)``: run ``configs/inference.json`` in this process; returns the output folder."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # restored afterwards
 
     def run(dataset_dir, weights="random", output_dir=None, overlays=(), **overrides):
         output_dir = Path(output_dir or tmp_path / "out")
@@ -249,7 +248,6 @@ class TestThickSlices:
 class TestWithoutWeights:
     @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "nearest"])
     def test_interpolation_alone_needs_no_weights(self, mode, tmp_path, monkeypatch):
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
         files = [CONFIG, str(ROOT / "configs" / "networks" / f"{mode}.json")]
         monai.bundle.run(config_file=files, dataset_dir=str(path), output_dir=str(tmp_path), device="$torch.device('cpu')")

@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 
 import monai.bundle
@@ -134,7 +133,6 @@ def test_network_of_any_plane_has_one_range_of_spacings(tmp_path):
 @pytest.fixture
 def report(trained, tmp_path, monkeypatch):
     """``report(volume, **overrides)``: super-resolve it by 2 and return what the JSON beside the result says."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
     def run(volume, **overrides):
         given = {"checkpoint": str(trained / "models" / "model.pt"), **toy.TINY_OVERRIDES, **overrides}

@@ -41,7 +41,6 @@ def benchmark(monkeypatch, tmp_path, capsys):
     """``benchmark(*arguments)``: what ``benchmark.py`` prints, in lines, and its JSON file, with a tiny network in place of the default."""
     overlay = tmp_path / "overlay.json"
     overlay.write_text(json.dumps({"network_def": {"_target_": "bundle.networks.MultiScaleResidualNet", **toy.TINY}}))
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
     def measure(*arguments: str) -> tuple[list[str], dict]:
         run(monkeypatch, "benchmark.py", "--repeats", "1", "--json", str(tmp_path / "b.json"), "--overlay", str(overlay), *arguments)

@@ -19,6 +19,8 @@ import toy
 from bundle.errors import InputError
 from bundle.networks import MultiScaleResidualNet, OnnxNetwork
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 ODD_AND_EVEN = [(1, 1, 31, 31), (2, 1, 24, 17), (3, 1, 20, 36), (1, 1, 1, 5)]
 
@@ -63,7 +65,7 @@ def test_the_model_card_has_a_command_for_each_step():
 
 @torch.inference_mode()
 def test_exports_equal_the_network_on_odd_and_even_sizes(exported, network):
-    torchscript = torch.jit.load(exported / "models" / "inference_torchscript")
+    torchscript = torch.jit.load(exported / "models" / "model.ts")
     onnx = OnnxNetwork(exported / "models" / "model.onnx")
     for shape in ODD_AND_EVEN:
         x = torch.rand(shape, generator=torch.Generator().manual_seed(0))

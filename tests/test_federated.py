@@ -16,6 +16,8 @@ from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems, ModelType
 from monai.fl.utils.exchange_object import ExchangeObject
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 ROUNDS, EPOCHS = 2, 2  # epochs of one round
 SMALL = {

@@ -328,6 +328,7 @@ class TestFormatsAndNames:
         shape = [nib.load(infer(path, scale=scale) / "a_sr.nii.gz").shape for scale in (2, 3)]
         assert shape == [(40, 44, 3), (60, 66, 3)]
 
+    @pytest.mark.slow
     def test_command_runs_from_any_directory(self, checkpoints, tmp_path):
         toy.write_nifti(tmp_path / "data" / "sub-01.nii.gz", toy.head((20, 22, 3)))
         done = command(tmp_path, checkpoints)
@@ -434,6 +435,7 @@ class TestStartedAgain:
         results = [name for name in files_below(two.parent / output_dir) if name.endswith(".json")]
         assert results == ["a_sr.json", "b_sr.json", "c_sr_sr.json"]
 
+    @pytest.mark.slow
     def test_killed_run_goes_on_with_the_rest(self, infer, checkpoints, tmp_path):
         for number in range(4):
             toy.write_nifti(tmp_path / "data" / f"{number}.nii.gz", toy.head((60, 60, 20), seed=number))
@@ -461,6 +463,7 @@ class TestStartedAgain:
 
 
 @pytest.mark.parametrize(("volumes", "bad"), [(3, 2), (1, 0)])
+@pytest.mark.slow
 def test_processes_share_a_folder(volumes, bad, checkpoints, tmp_path):
     for number in range(volumes):
         toy.write_nifti(tmp_path / "data" / f"sub-{number}.nii.gz", toy.head((20, 22, 3), seed=number))
@@ -605,6 +608,7 @@ class TestBadInput:
             assert why.startswith(f"{volume}: ") and "ermission" in why
             assert (folder / "open" / "a_sr.nii.gz").exists()
 
+    @pytest.mark.slow
     def test_full_disk_stops_with_one_line_and_leaves_nothing_half_written(self, checkpoints, tmp_path):
         own_disk = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
         mount = 'mount -t tmpfs -o size=160k tmpfs "$0"'
@@ -629,6 +633,7 @@ class TestBadInput:
             infer(path, output_dir=tmp_path / "file" / "out")
         assert str(tmp_path / "file") in whole_story(error.value)
 
+    @pytest.mark.slow
     def test_command_ends_with_one_line(self, checkpoints, tmp_path):
         done = command(tmp_path, checkpoints, "--dataset_dir", "gone")
         assert done.returncode == 1

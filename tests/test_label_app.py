@@ -28,6 +28,8 @@ from monailabel.client import MONAILabelClient
 
 from bundle.networks import PixelShuffleResidualNet
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 MODEL = "super_resolution"
 OBLIQUE = toy.affine((0.9, 1.2, 3.0), (14, -9, 25), (-80, 95, -60))

@@ -39,6 +39,7 @@ def test_every_overlay_is_looked_at():
 
 
 @pytest.mark.parametrize(("base", "overlays"), [("train", OF_TRAINING), ("inference", OF_INFERENCE)])
+@pytest.mark.slow
 def test_the_order_of_two_overlays_does_not_matter(base, overlays):
     for pair in itertools.combinations(overlays, 2):
         if frozenset(pair) not in DIFFERENT_WORKFLOWS:

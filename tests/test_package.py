@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 NAME = "brain_mri_super_resolution"
 VERSION = json.loads((ROOT / "configs" / "metadata.json").read_text())["version"]

@@ -19,6 +19,8 @@ from scipy import stats
 
 from bundle.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 

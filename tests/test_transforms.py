@@ -148,8 +148,8 @@ class TestUpsampleInPlane:
         assert refined.shape == (1, 7, 16, 2)
 
     def test_volume_that_is_finer_than_asked_for_is_refused(self):
-        with pytest.raises(Exception, match=r"sub-07.nii.gz: spacing 0.5 x 0.5 mm asked for, but voxels are 0.4 x 0.3 mm already"):
-            apply(upsample_in_plane("image", spacing=0.5), np.ones((7, 8, 2)), toy.affine((0.4, 0.3, 2)))
+        with pytest.raises(InputError, match=r"sub-07.nii.gz: spacing 0.5 x 0.5 mm asked for, but voxels are 0.4 x 0.3 mm already"):
+            apply(InPlaneFactorsd("image", spacing=0.5), np.ones((7, 8, 2)), toy.affine((0.4, 0.3, 2)))
 
     @pytest.mark.parametrize("spacing", [0, -1, "fine", True, [1], [1, 0], [1, 1, 1], float("nan")])
     def test_impossible_spacing_is_refused(self, spacing):

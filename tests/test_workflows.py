@@ -139,6 +139,7 @@ def test_a_new_training_does_not_overwrite_an_old_one(data, trained):
     assert f"{trained / 'models' / 'last.pt'} is the checkpoint of an earlier run" in reason(error.value)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_by_name(data, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "last.pt").write_bytes(b"nothing of use")
@@ -209,6 +210,7 @@ def test_slices_without_anatomy_do_not_count(data, tmp_path):
         assert found[1][metric] == pytest.approx(value, abs=1e-4), metric
 
 
+@pytest.mark.slow
 def test_more_processes_than_validation_subjects(data, tmp_path):
     settings = {**SMALL, "dataset_dir": str(data), "split": [3, 1, 1], "max_epochs": 2}
     run("train", output_dir=str(tmp_path / "one"), **settings)
@@ -225,6 +227,7 @@ def test_more_processes_than_validation_subjects(data, tmp_path):
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_batch_normalisation_in_several_cpu_processes_is_refused_in_one_line(data, tmp_path):
     options = {
         "dataset_dir": str(data),
@@ -281,6 +284,7 @@ def test_training_killed_at_random_moments_ends_with_the_weights_of_an_uninterru
     assert sorted(path.name for path in (tmp_path / "killed" / "models").iterdir()) == ["last.pt", "model.pt"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_network_of_one(data, trained, tmp_path):
     run_command("train", "multi_gpu_train", launcher=two_processes(), dataset_dir=str(data), output_dir=str(tmp_path), **SMALL)
     a, b = (torch.load(folder / "models" / "last.pt", weights_only=True) for folder in (trained, tmp_path))
@@ -327,6 +331,7 @@ def test_evaluation_draws_a_picture(evaluated):
         assert np.asarray(picture.convert("L")).std() > 20
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(data, evaluated, tmp_path):
     # three test volumes among two processes: none may count twice
     settings = {**SMALL, "dataset_dir": str(data), "checkpoint": str(evaluated / "model.pt"), "split": [1, 1, 3]}
@@ -348,6 +353,7 @@ def test_two_processes_measure_what_one_does(data, evaluated, tmp_path):
         ("ds002748", (190, 210, 120), 30, [f"sub-{n:02d}.nii.gz" for n in range(3)]),
     ],
 )
+@pytest.mark.slow
 def test_each_protocol_reads_its_format_and_slices(protocol, shape, slices, names, tmp_path):
     for n, name in enumerate(names):
         writer = {".mha": toy.write_itk, ".img": toy.write_analyze}.get(Path(name).suffix, toy.write_nifti)
@@ -380,6 +386,7 @@ def test_a_volume_smaller_than_a_patch_is_named(tmp_path):
     assert "sub-01.nii.gz: slices of 40 x 36 pixels are smaller than a patch of 39 x 39" in reason(error.value)
 
 
+@pytest.mark.slow
 def test_training_is_tracked_by_mlflow(data, tmp_path):
     run("train", dataset_dir=str(data), output_dir=str(tmp_path), tracking="mlflow", **{**SMALL, "max_epochs": 2})
     with sqlite3.connect(tmp_path / "mlruns.db") as database:

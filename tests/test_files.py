@@ -73,6 +73,14 @@ class TestSettings:
         assert self.done(tmp_path, {"scale": before}, {"scale": after})
         assert not self.done(tmp_path, {"scale": before}, {"scale": 3})
 
+    def test_changed_weights_make_another_result_whatever_their_format(self, tmp_path):
+        weights = tmp_path / "model.onnx"
+        weights.write_bytes(b"one")
+        before = Results(tmp_path, tmp_path, [], weights=weights).settings
+        assert before == Results(tmp_path, tmp_path, [], weights=weights).settings
+        weights.write_bytes(b"two")
+        assert before != Results(tmp_path, tmp_path, [], weights=weights).settings
+
     def test_another_setting_makes_another_result(self, tmp_path):
         assert not self.done(tmp_path, {"scale": 2}, {"scale": 2, "margin": 16})
 

@@ -59,7 +59,7 @@ def test_the_zip_holds_the_folder(packaged, tmp_path):
 
 def test_the_entry_holds_what_the_zoo_wants_and_nothing_else(packaged):
     files = files_below(packaged[0] / NAME)
-    assert {name.split("/")[0] for name in files} == {"LICENSE", "bundle", "configs", "docs", "models"}
+    assert {name.split("/")[0] for name in files} == {"LICENSE", "README.md", "bundle", "configs", "docs", "models"}
     assert {"configs/metadata.json", "configs/train.json", "docs/README.md", "docs/data_license.txt", "models/model.pt"} <= files.keys()
     assert {name for name in files if name.endswith(".pt")} == {str(p.relative_to(ROOT)) for p in (ROOT / "models").rglob("*.pt")}
     assert not [name for name in files if re.search(r"__pycache__|\.pyc$|test_|/\.|\.onnx$|\.ts$", name)]

@@ -1,12 +1,23 @@
 """Super-resolution of brain MRI: the Python that the configs of the bundle point at."""
 
 import json
+import sys
 from pathlib import Path
 
 
 def root() -> str:
-    """Folder of the bundle, which holds ``configs`` and ``models``."""
-    return str(Path(__file__).parents[1])
+    """Folder of the bundle, which holds ``configs`` and ``models``: the repository, or what ``pip install .`` copied.
+
+    Raises:
+        FileNotFoundError: when there is neither.
+    """
+    folders = [Path(__file__).parents[1], Path(sys.prefix) / "share" / "brain_mri_super_resolution"]
+    for folder in folders:
+        if (folder / "configs" / "metadata.json").is_file():
+            return str(folder)
+    raise FileNotFoundError(
+        f"no configs of the bundle in {' or '.join(map(str, folders))}: install it with pip, or run it from its repository"
+    )
 
 
 def version() -> str:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .acquisition import Acquisition, Sampling
 from .degradation import downsample, enlarge, interpolate_slices
-from .files import write_json, write_whole
+from .files import write_json, write_atomically
 from .inferers import ForegroundInferer, OrthogonalSlices
 from .metrics import FOREGROUND, psnr
 from .transforms import name_of
@@ -105,7 +105,7 @@ def measure_acquisitions(
                 result = _apply(across, network, spline, meta)
                 _note(table, f"{thickness:g} mm: {title}", name_of(image), body, result, {"spline": spline})
         write_json(Path(output_dir) / "acquisitions.json", {"rows": table})
-        write_whole(Path(output_dir) / "acquisitions.md", lambda path: path.write_text(_markdown(table), encoding="utf-8"))
+        write_atomically(Path(output_dir) / "acquisitions.md", lambda path: path.write_text(_markdown(table), encoding="utf-8"))
     logger.info("gain over the better interpolation, mean and worst volume:\n%s", _markdown(table))
     return table
 

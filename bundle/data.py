@@ -14,9 +14,10 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from .degradation import PROFILES, check_factor, degrade, degrade_slices, phases
-from .dicom import find_dicom, is_dicom, is_dicom_volume, passed_over
-from .errors import InputError, reason, switch
-from .files import RESULT_MARK, is_done, namesakes
+from .dicom import find_series
+from .errors import InputError, reason
+from .files import RESULT_MARK
+from .results import Results
 from .transforms import name_of
 
 __all__ = ["EpochSampler", "InferenceDataset", "PatchDataset", "RandomFactor", "RandomSlices", "find_volumes", "split_subjects"]
@@ -49,12 +50,23 @@ def find_volumes(path: str | Path, pattern: str | Sequence[str] | None = None) -
     visible = [f for f in path.rglob("*") if (f.is_file() or (f.is_symlink() and not f.exists())) and not f.name.startswith(".")]
     files = {str(f) for f in visible if any(f.match(p) for p in patterns) and not _is_result(f)}
     if pattern is None:
-        for folder in {f.parent for f in visible if is_dicom(f)}:
-            files |= set(find_dicom(folder, results=folder == path))
+        for folder in {f.parent for f in visible if _is_dicom(f)}:
+            series = find_series(folder)
+            files |= {str(folder / identifier) for identifier in series} if len(series) > 1 else {str(folder)}
     if not files:
-        others = f"; passed over: {passed_over(path)}" if pattern is None and passed_over(path) else ""
-        raise InputError(f"{path}: holds no volume ({', '.join(patterns)}{', DICOM' if pattern is None else ''}){others}")
+        raise InputError(f"{path}: holds no volume ({', '.join(patterns)}{', DICOM' if pattern is None else ''})")
     return sorted(files)
+
+
+def _is_dicom(file: Path) -> bool:
+    if file.name.upper() == "DICOMDIR" or file.suffix.lower() not in ("", ".dcm", ".ima"):  # an index is no slice
+        return False
+    try:
+        with file.open("rb") as stream:
+            stream.seek(128)
+            return stream.read(4) == b"DICM"
+    except OSError:  # no permission to read it
+        return False
 
 
 def _is_result(file: Path) -> bool:
@@ -99,38 +111,17 @@ def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str) ->
 
 
 class InferenceDataset(Dataset):
-    """Volumes to be worked through one by one: an item that fails is given out as its error, so that the others are still done; one
-    whose result stands complete is not even loaded.
+    """Volumes of a run of inference. If loading fails, the item is returned with its error, so that the others are still done. Volumes
+    with up-to-date results are skipped.
 
     Args:
         data: items ``{"image": file name}``.
         transform: preprocessing.
-        volumes: all volumes, where ``data`` is one process's share of them: no two may have results of one name.
-        output_dir, root: see :func:`bundle.files.result_path`; ``None``: nothing counts as done.
-        made_with: settings that a result must have been made with to count as done.
-        overwrite: do everything again.
-        report: whether an HTML report belongs to a result.
-        dicom: whether a DICOM series belongs to the result of a volume that came as DICOM.
+        results: of the run; ``None`` skips nothing.
     """
 
-    def __init__(
-        self,
-        data: Sequence[dict[str, str]],
-        transform: Callable,
-        volumes: Sequence[str] = (),
-        output_dir: str | None = None,
-        root: str = "",
-        made_with: dict | None = None,
-        overwrite: bool | str = False,
-        report: bool | str = False,
-        dicom: bool | str = False,
-    ) -> None:
-        self.data, self.transform = data, transform
-        self.output_dir, self.root, self.made_with = output_dir, root, made_with or {}
-        self.overwrite = switch("overwrite", overwrite)
-        self.endings = ["_sr.nii.gz"] + ["_sr.html"] * switch("report", report)
-        self.dicom = switch("dicom", dicom)
-        self.namesakes = namesakes(volumes, root) if output_dir is not None else {}
+    def __init__(self, data: Sequence[dict[str, str]], transform: Callable, results: Results | None = None) -> None:
+        self.data, self.transform, self.results = data, transform, results
 
     def __len__(self) -> int:
         return len(self.data)
@@ -140,17 +131,15 @@ class InferenceDataset(Dataset):
         item = self.data[index]
         volume = item["image"]
         try:
-            if volume in self.namesakes:
-                raise InputError(f"{volume}: its result would have the name of that of {self.namesakes[volume]}; rename one")
-            if not self.overwrite and self._is_done(volume):
-                return {**item, "done": True}
+            if self.results is not None:
+                if volume in self.results.name_clashes:
+                    other = self.results.name_clashes[volume]
+                    raise InputError(f"{volume}: its result would have the same name as that of {other}; rename one of them")
+                if self.results.is_done(volume):
+                    return {**item, "done": True}
             return self.transform(item)
         except Exception as e:  # a damaged file can fail anywhere in a reader
             return {**item, "error": reason(e)}
-
-    def _is_done(self, volume: str) -> bool:
-        endings = self.endings + ["_sr_dicom"] * (self.dicom and is_dicom_volume(volume))
-        return self.output_dir is not None and is_done(volume, self.output_dir, self.root, self.made_with, endings)
 
 
 class PatchDataset(Dataset):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 import torch
@@ -194,7 +195,7 @@ def check_factor(factor: Factor) -> tuple[float, float]:
         InputError: for anything but a number of at least 1, or two of them.
     """
     factors = tuple(factor) if isinstance(factor, Sequence) and not isinstance(factor, str) else (factor, factor)
-    if len(factors) != 2 or not all(type(f) in (int, float) and math.isfinite(f) and f >= 1 for f in factors):
+    if len(factors) != 2 or not all(isinstance(f, Real) and not isinstance(f, bool) and 1 <= f < math.inf for f in factors):
         raise InputError(f"factor must be a number of at least 1, or two of them, got {factor!r}")
     return factors  # type: ignore[return-value]
 

@@ -28,12 +28,12 @@ from pydicom.valuerep import DSfloat, validate_value
 from . import version
 from .dicom import Slice, header_of, slices_of
 from .dicom_volume import TO_RAS, write_file
-from .errors import InputError, switch
-from .files import RESULT_MARK, result_path
+from .errors import InputError
+from .files import RESULT_MARK
+from .results import DICOM_ENDING, Results
 
-__all__ = ["ENDING", "SaveDicomd", "derived_series", "write_folder"]
+__all__ = ["SaveDicomd", "derived_series", "write_folder"]
 
-ENDING = "_sr_dicom"  # of the folder of a series
 NAME = "brain_mri_super_resolution"
 LARGEST = 32767  # of a signed value of 16 bits
 FINE_ENOUGH = 1000  # whole steps up to the largest magnitude
@@ -74,43 +74,42 @@ class SaveDicomd(MapTransform):
 
     Args:
         keys: volumes (1, X, Y, Z) in the orientation and the units of the input, see :func:`bundle.dicom_volume.load_series`.
-        output_dir, root, made_with: as of :class:`bundle.transforms.SaveReportd`.
-        dicom: whether to write it; where not, the series of an earlier result is removed.
+        results: of the run. Where it writes no DICOM, the series of an earlier result is removed.
     """
 
-    def __init__(self, keys: KeysCollection, output_dir: str, root: str, made_with: dict, dicom: bool | str = False) -> None:
+    def __init__(self, keys: KeysCollection, results: Results) -> None:
         super().__init__(keys)
-        self.output_dir, self.root, self.made_with, self.dicom = output_dir, root, made_with, switch("dicom", dicom)
+        self.results = results
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> Mapping:
         for key in self.keys:
             image = data[key]
             name = str(image.meta["filename_or_obj"])
-            folder = result_path(name, self.output_dir, self.root, ENDING)
-            if not self.dicom:
+            folder = self.results.path(name, DICOM_ENDING)
+            if not self.results.dicom:
                 _remove(folder)
             elif "dicom_slices" not in image.meta:
                 logger.warning("%s: no DICOM, so none is written: there is no patient and no study that it would belong to", name)
             elif image.meta.get("modality") != "MR":
                 logger.warning("%s: no DICOM is written, its modality is %s and not MR", name, image.meta.get("modality") or "not told")
             else:
-                write_folder(folder, partial(_write, derived_series(image, self.made_with)))
+                write_folder(folder, partial(_write, derived_series(image, self.results.settings)))
         return data
 
 
-def derived_series(image: MetaTensor, made_with: dict) -> list[Dataset]:
+def derived_series(image: MetaTensor, settings: dict) -> list[Dataset]:
     """Datasets of a series of MR images, one for each plane of the last axis of a volume.
 
     Args:
         image: (1, X, Y, Z) with its affine; ``meta`` as of :func:`bundle.dicom_volume.load_series`.
-        made_with: settings of the run: the same input and settings give the same UIDs.
+        settings: settings of the run: the same input and settings give the same UIDs.
 
     Returns:
         The patient, study and frame of reference are those of the source. Stored values times RescaleSlope agree with the volume's to
         half a RescaleSlope: 0.5 where the largest magnitude is from 1000 to 32767, else 1/65534 of it.
     """
     sources = [slices_of(file)[0][frame or 0] for file, frame in json.loads(image.meta["dicom_slices"])]
-    common = _common(sources[0], image, made_with, [s.uid for s in sources])
+    common = _common(sources[0], image, settings, [s.uid for s in sources])
     volume = image.as_tensor()[0].float().cpu().numpy()
     to_lps = TO_RAS @ np.asarray(image.affine, dtype=np.float64)
     spacing = np.linalg.norm(to_lps[:3, :3], axis=0)
@@ -183,7 +182,7 @@ def _remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def _common(source: Slice, image: MetaTensor, made_with: dict, uids: Sequence[str]) -> Dataset:
+def _common(source: Slice, image: MetaTensor, settings: dict, uids: Sequence[str]) -> Dataset:
     """What all files of a series share, from the header of a source file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values of the source that do not follow the standard
@@ -204,7 +203,7 @@ def _common(source: Slice, image: MetaTensor, made_with: dict, uids: Sequence[st
     ds.SOPClassUID, ds.Modality = MRImageStorage, "MR"
     ds.StudyInstanceUID = header.get("StudyInstanceUID") or _uid("study", *uids)
     ds.FrameOfReferenceUID = header.get("FrameOfReferenceUID") or _uid("frame", *uids)
-    ds.SeriesInstanceUID = _uid(source.series, *uids, source.component, json.dumps(made_with, sort_keys=True), version())
+    ds.SeriesInstanceUID = _uid(source.series, *uids, source.component, json.dumps(settings, sort_keys=True), version())
     ds.SeriesNumber = 1000 + int(header.get("SeriesNumber") or 0)
     ds.SeriesDescription = f"{NAME} {version()}: {header.get('SeriesDescription', '')}"[:64].rstrip(" :")
     factors = " x ".join(f"{float(f):g}" for f in image.meta.get("factor", []))

@@ -3,16 +3,21 @@ from __future__ import annotations
 import csv
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ignite.distributed as idist
 import torch
+from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.transforms import Compose
 
+from .checkpoints import CheckpointLoader
 from .errors import InputError, full_disk, reason
-from .files import write_whole
+from .files import write_atomically
+from .results import Results
+from .transforms import name_of
 
 __all__ = ["VolumeInference"]
 
@@ -20,18 +25,36 @@ logger = logging.getLogger(__name__)
 
 
 class VolumeInference(SupervisedEvaluator):
-    """Evaluator that works through a folder of volumes, one per iteration: a volume that fails, at whatever stage, is reported and
-    the others are still done. Several processes, each with its share of the volumes, report together.
+    """Works through a folder of volumes, one per iteration. A volume that fails, at whatever stage, is reported, and the others are
+    still done. Several processes, each with its share of the volumes, report together.
 
     Args:
-        output_dir: where ``failed.csv`` (volume, reason) is written when a volume failed.
+        results: of the run. ``failed.csv`` (volume, reason) appears in its folder when a volume failed.
+        load_weights: whether a handler is meant to load the weights.
         inspection, postprocessing, saving: transforms of a sample, run one after the other once the network has returned.
         kwargs: of :class:`monai.engines.SupervisedEvaluator`.
+
+    Raises:
+        InputError: when weights are to be loaded but no handler loads them: the results would name the wrong weights.
     """
 
-    def __init__(self, output_dir: str, inspection: Callable, postprocessing: Callable, saving: Callable, **kwargs) -> None:
-        super().__init__(postprocessing=Compose([inspection, postprocessing, saving]), **kwargs)
-        self.output_dir = Path(output_dir)
+    def __init__(
+        self,
+        results: Results,
+        inspection: Callable,
+        postprocessing: Callable,
+        saving: Callable,
+        load_weights: bool = False,
+        val_handlers: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if load_weights and not any(isinstance(handler, CheckpointLoader) for handler in val_handlers or ()):
+            raise InputError(
+                "the handler that loads the weights is switched off: use --load_weights false for a network without weights, "
+                "configs/inference_torchscript.json for TorchScript"
+            )
+        super().__init__(val_handlers=val_handlers, **kwargs)
+        self.results, self.save = results, Compose([inspection, postprocessing, saving])
         self.failures: list[tuple[str, str]] = []
         self.done_before = 0
 
@@ -44,14 +67,14 @@ class VolumeInference(SupervisedEvaluator):
         """
         self.failures.clear()
         self.done_before = 0
-        list_of_failures = self.output_dir / "failed.csv"
+        list_of_failures = self.results.output_dir / "failed.csv"
         try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.output_dir).close()  # better known now than after the first volume
+            self.results.output_dir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.results.output_dir).close()  # better known now than after the first volume
             if idist.get_rank() == 0:
                 list_of_failures.unlink(missing_ok=True)  # of an earlier run
         except OSError as e:
-            raise InputError(f"{self.output_dir}: cannot be written to ({e.strerror})") from e
+            raise InputError(f"{self.results.output_dir}: cannot be written to ({e.strerror})") from e
         if self.state.epoch_length:  # more processes than volumes leave one without
             super().run(global_epoch)
         shares: list = [(self.failures, self.done_before, self.state.epoch_length)]
@@ -63,39 +86,45 @@ class VolumeInference(SupervisedEvaluator):
         self.failures = sorted(failure for share in shares for failure in share[0])
         done_before, total = (sum(share[n] for share in shares) for n in (1, 2))
         text = f", {done_before} of them before" if done_before else ""
-        logger.info("%d of %d volumes done%s, results in %s", total - len(self.failures), total, text, self.output_dir)
+        logger.info("%d of %d volumes done%s, results in %s", total - len(self.failures), total, text, self.results.output_dir)
         if self.failures:
             try:
-                write_whole(list_of_failures, self._write_failures)
+                write_atomically(list_of_failures, self._write_failures)
                 where = f"listed in {list_of_failures}"
             except OSError as e:  # the log has them all
                 where = f"{list_of_failures} cannot be written ({e.strerror})"
             raise InputError(f"{len(self.failures)} of {total} volumes failed, {where}; {self.failures[0][1]}")
 
-    def _iteration(self, engine: SupervisedEvaluator, batchdata: dict) -> dict:
-        volume = _volume(batchdata)
-        if "done" in batchdata:
+    def _iteration(self, engine: SupervisedEvaluator, batchdata: list[dict]) -> dict:  # type: ignore[override]
+        (item,) = batchdata
+        if "done" in item:
             self.done_before += 1
             return {}
+        volume = _volume(item)
         try:
-            if "error" in batchdata:
-                raise InputError(batchdata["error"][0])
+            if "error" in item:
+                raise InputError(item["error"])
             logger.info("volume %d of %d: %s", self.state.iteration, self.state.epoch_length, volume)
-            return super()._iteration(engine, batchdata)
+            self.save({**item, "pred": self.predict(item["image"])})
         except Exception as e:
             full = full_disk(e)
             if full is not None:  # every other volume would fail too, after hours perhaps
-                raise InputError(f"{self.output_dir}: {full.strerror} at {volume}; start again for the rest") from e
+                raise InputError(f"{self.results.output_dir}: {full.strerror} at {volume}; start again for the rest") from e
             why = reason(e)
             self.failures.append((volume, why if volume in why else f"{volume}: {why}"))
             logger.error("failed: %s", self.failures[-1][1])
-            return {}
+        return {}
+
+    def predict(self, image: MetaTensor) -> MetaTensor:
+        """What the network makes of a volume (1, X, Y, Z), on the same grid."""
+        device = torch.device(self.state.device)  # type: ignore[attr-defined]
+        with torch.no_grad(), torch.autocast(device.type, enabled=self.amp):
+            return self.inferer(image[None].to(device), self.network)[0]
 
     def _write_failures(self, path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([("volume", "reason"), *self.failures])
 
 
-def _volume(batch: dict) -> str:
-    image = batch["image"]
-    return str(image[0] if isinstance(image, list) else image.meta["filename_or_obj"][0])
+def _volume(item: dict) -> str:
+    return item["image"] if isinstance(item["image"], str) else name_of(item["image"])

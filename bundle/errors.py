@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 
-__all__ = ["InputError", "full_disk", "reason", "report_in_one_line", "switch"]
+__all__ = ["InputError", "check_overlays", "full_disk", "reason", "report_in_one_line", "switch"]
 
 
 class InputError(ValueError):
@@ -40,6 +40,20 @@ def switch(name: str, value: bool | str) -> bool:
     if str(value).lower() not in known:
         raise InputError(f"{name} must be true or false, got {value!r}")
     return known[str(value).lower()]
+
+
+def check_overlays(**chosen: Mapping[str, bool]) -> None:
+    """Refuse two overlays that choose the same thing: which one counted would depend on their order.
+
+    Args:
+        chosen: what is chosen, in the plural, and the names of the overlays that choose it, such as ``networks={"fast": True}``.
+
+    Raises:
+        InputError: naming the overlays.
+    """
+    for what, names in chosen.items():
+        if len(names) > 1:
+            raise InputError(f"{' and '.join(sorted(names))} are overlays for different {what}: give one of them")
 
 
 def report_in_one_line() -> None:

@@ -9,13 +9,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .files import write_whole
+from .files import write_atomically
 
 __all__ = ["Panel", "save_panels"]
 
 
 class Panel(NamedTuple):
-    """One picture of a figure: an axial slice (X, Y) in RAS orientation."""
+    """One picture of a figure: a slice (width, height)."""
 
     title: str
     image: Tensor
@@ -25,8 +25,18 @@ class Panel(NamedTuple):
     error: Tensor | None = None  # (X, Y), drawn below from 0 to 0.1
 
 
-def save_panels(path: Path, panels: Sequence[Panel], aspect: float = 1.0, zoom: float = 0.0, columns: int | None = None) -> None:
-    """Slices side by side as a PNG: anterior up, the patient's right on the right.
+OPPOSITE = dict(zip("RLAPSI", "LRPAIS"))
+
+
+def save_panels(
+    path: Path,
+    panels: Sequence[Panel],
+    aspect: float = 1.0,
+    zoom: float = 0.0,
+    columns: int | None = None,
+    axcodes: tuple[str, str] = ("R", "A"),
+) -> None:
+    """Slices side by side as a PNG, as radiologists have them: the patient's right on the left, anterior or superior up, both labelled.
 
     Args:
         path: of the PNG; appears only when complete.
@@ -34,7 +44,11 @@ def save_panels(path: Path, panels: Sequence[Panel], aspect: float = 1.0, zoom: 
         aspect: height of a pixel over its width, i.e. spacing along Y over spacing along X.
         zoom: side of the square cut out around the brightest region for a second row, as a fraction of the slice; 0 for none.
         columns: panels in a row of the figure; ``None`` puts all into one.
+        axcodes: where width and height of the slices point to, such as ``("R", "A")`` for axial slices of a RAS volume.
     """
+    left, bottom = (code if code in "RAS" else OPPOSITE[code] for code in axcodes)  # a sagittal plane has anterior on the left
+    bottom = OPPOSITE[bottom]
+    flips = [axis for axis, (code, first) in enumerate(zip(axcodes, (left, bottom))) if code == first]
     width, height = panels[0].image.shape
     columns = min(columns or len(panels), len(panels))
     rows = 1 + bool(zoom) + any(panel.error is not None for panel in panels)  # of one panel: slice, window, error
@@ -44,18 +58,25 @@ def save_panels(path: Path, panels: Sequence[Panel], aspect: float = 1.0, zoom: 
     axes = figure.subplots(bands * rows, columns, squeeze=False)
     for number, panel in enumerate(panels):
         cells = axes[rows * (number // columns) :, number % columns]
-        image = panel.image.detach().float().cpu().numpy().T
+        image = _drawn(panel.image, flips)
         style = {"cmap": panel.colours, "vmin": panel.vmin, "vmax": panel.vmax, "origin": "lower", "interpolation": "nearest"}
         cells[0].imshow(image, aspect=aspect, **style)
         cells[0].set_title(panel.title, fontsize=10)
+        for letter, x, y in ((left, 0.03, 0.5), (OPPOSITE[left], 0.97, 0.5), (OPPOSITE[bottom], 0.5, 0.96), (bottom, 0.5, 0.04)):
+            cells[0].text(x, y, letter, transform=cells[0].transAxes, fontsize=8, color="C1", ha="center", va="center")
         if zoom:
-            cells[1].imshow(image[_window(panels[0].image, zoom)], aspect=aspect, **style)
+            cells[1].imshow(image[_window(panels[0].image.flip(flips), zoom)], aspect=aspect, **style)
         if panel.error is not None:
-            error = panel.error.detach().float().cpu().numpy().T
+            error = _drawn(panel.error, flips)
             cells[rows - 1].imshow(error, aspect=aspect, **{**style, "cmap": "magma", "vmin": 0, "vmax": 0.1})
     for axis in axes.flat:
         axis.set_axis_off()
-    write_whole(path, lambda part: figure.savefig(part, dpi=110))
+    write_atomically(path, lambda part: figure.savefig(part, dpi=110))
+
+
+def _drawn(image: Tensor, flips: list[int]) -> np.ndarray:
+    """Rows and columns of a slice (width, height), flipped along some axes."""
+    return image.detach().float().cpu().flip(flips).numpy().T
 
 
 def _window(image: Tensor, fraction: float) -> tuple[slice, slice]:

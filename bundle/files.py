@@ -1,4 +1,4 @@
-"""Names of results, what was done before, and files that are never half-written."""
+"""Files that are never half-written, and fingerprints of files."""
 
 from __future__ import annotations
 
@@ -6,50 +6,18 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import platform
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import InputError
 
-__all__ = ["fingerprint", "is_done", "namesakes", "result_path", "results_root", "sha256", "write_json", "write_whole"]
+__all__ = ["fingerprint", "sha256", "write_atomically", "write_json"]
 
-EXTENSIONS = (".nii", ".gz", ".img", ".mha", ".mhd", ".nrrd", ".nhdr")
+DAY = 24 * 60 * 60  # seconds
 RESULT_MARK = "super-resolved by brain_mri_super_resolution"  # in the header of every result: never an input again
-
-
-def results_root(dataset_dir: str | Path, volumes: Sequence[str]) -> str:
-    """The part of the volumes' paths that their results do not repeat: ``dataset_dir``, or the folder of the one volume that it is.
-
-    Args:
-        dataset_dir: what :func:`bundle.data.find_volumes` searched.
-        volumes: what it found.
-    """
-    path = os.path.abspath(str(dataset_dir))
-    return os.path.dirname(path) if path in (os.path.abspath(v) for v in volumes) else path
-
-
-def result_path(volume: str, output_dir: str | Path, root: str, ending: str) -> Path:
-    """Where a result goes: ``output_dir``, the volume's path below ``root`` without its extension, ``ending``.
-
-    Example:
-        >>> str(result_path("/in/site/sub-01.nii.gz", "out", "/in", "_sr.nii.gz"))
-        'out/site/sub-01_sr.nii.gz'
-    """
-    path = Path(os.path.abspath(volume))
-    name = path.name
-    # a DICOM folder, and a series in one, may be named after a UID, full of dots
-    is_file = path.is_file() or (path.suffix in EXTENSIONS and not path.is_dir())
-    for extension in (path.suffix if is_file else "", ".nii", ".img"):
-        name = name.removesuffix(extension)
-    return Path(output_dir) / path.relative_to(os.path.abspath(root)).parent / (name + ending)
-
-
-def namesakes(volumes: Sequence[str], root: str) -> dict[str, str]:
-    """Volumes whose results would have one name (``t1.nii.gz`` beside a DICOM folder ``t1``), each with another of them."""
-    of_name: dict[Path, list[str]] = {}
-    for volume in volumes:
-        of_name.setdefault(result_path(volume, "", root, ""), []).append(volume)
-    return {v: same[i - 1] for same in of_name.values() if len(same) > 1 for i, v in enumerate(same)}
 
 
 def fingerprint(volume: str) -> dict[str, int]:
@@ -58,24 +26,6 @@ def fingerprint(volume: str) -> dict[str, int]:
     folder = path if path.is_dir() else path.parent
     stats = [f.stat() for f in folder.iterdir() if f.is_file()] if path.is_dir() or not path.exists() else [path.stat()]
     return {"files": len(stats), "bytes": sum(s.st_size for s in stats), "modified": max((s.st_mtime_ns for s in stats), default=0)}
-
-
-def is_done(volume: str, output_dir: str | Path, root: str, made_with: dict, endings: Sequence[str] = ("_sr.nii.gz",)) -> bool:
-    """Whether the result of a volume stands complete, from the same input and made with the same settings.
-
-    Args:
-        volume, output_dir, root: as of :func:`result_path`.
-        made_with: the settings, as they are kept in the report beside the result.
-        endings: of the files and folders that it consists of, beside that report.
-    """
-    report = result_path(volume, output_dir, root, "_sr.json")  # written last
-    if not all(result_path(volume, output_dir, root, ending).exists() for ending in ("_sr.json", *endings)):
-        return False
-    try:
-        done = json.loads(report.read_text(encoding="utf-8"))
-        return done["made_with"] == made_with and done["input"] == fingerprint(volume)
-    except (OSError, ValueError, KeyError, TypeError):  # not a report of ours: make a new one
-        return False
 
 
 def sha256(path: str | Path) -> str:
@@ -92,18 +42,24 @@ def sha256(path: str | Path) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file for people, as :func:`write_whole` does."""
-    text = json.dumps(content, indent=4, ensure_ascii=False) + "\n"
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    """Write a JSON file for people, as :func:`write_atomically` does.
+
+    Raises:
+        ValueError: for a number that JSON does not have: NaN or infinity.
+    """
+    text = json.dumps(content, indent=4, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary path)`` and move the result to ``path``: whoever looks finds a complete file or none.
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write(temporary path)`` and rename the result to ``path``: the file is always complete or absent.
 
-    The content is on the disk before the name is, so that not even a power cut leaves half a file under it.
+    The content reaches the disk before the name does, so that not even a power cut leaves half a file. Temporary files that killed
+    processes left behind are removed once they are a day old: until then, another machine may still be writing them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")  # keeps the extension, which decides about the format
+    # the extension stays at the end because it selects the format
+    part = path.with_name(f".part-{platform.node()}-{os.getpid()}-{path.name}")
     try:
         write(part)
         with part.open("r+b") as stream:
@@ -112,8 +68,27 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         _sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
-    for left in path.parent.glob(f".part-*-{glob.escape(path.name)}"):  # by a process that was killed
-        left.unlink(missing_ok=True)
+    for left in path.parent.glob(f".part-*-{glob.escape(path.name)}"):
+        if _is_abandoned(left):
+            left.unlink(missing_ok=True)
+
+
+def _is_abandoned(part: Path) -> bool:
+    """Whether the process that wrote a temporary file is gone: known on its own machine, assumed of others after a day."""
+    try:
+        age = time.time() - part.stat().st_mtime
+    except OSError:  # gone already
+        return False
+    own = re.match(rf"\.part-{re.escape(platform.node())}-(\d+)-", part.name)
+    if own is None or os.name == "nt":  # where os.kill would end the process
+        return age > DAY
+    try:
+        os.kill(int(own[1]), 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # a process of another user
+        return age > DAY
+    return age > DAY
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["keep_freed_memory", "release_freed_memory"]
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # malloc.h of glibc
-LARGEST_KEPT = 1 << 26  # bytes: feature maps and their spectra, but no volumes
+LARGEST_KEPT = (1 << 26, 1 << 25)  # bytes, the first that is accepted: feature maps and their spectra, but no volumes
 NEVER = (1 << 31) - 1  # as many free bytes at the end of the heap
 
 
@@ -22,7 +22,8 @@ def keep_freed_memory() -> bool:
     takes a good part of the time of a CPU inference. Other C libraries are left as they are.
     """
     mallopt = _function("mallopt")
-    return bool(mallopt and mallopt(MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(TRIM_THRESHOLD, NEVER))
+    # older versions of glibc refuse a threshold above half of their largest heap
+    return bool(mallopt and any(mallopt(MMAP_THRESHOLD, size) for size in LARGEST_KEPT) and mallopt(TRIM_THRESHOLD, NEVER))
 
 
 def release_freed_memory() -> None:

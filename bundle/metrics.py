@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from monai.metrics import CumulativeIterationMetric
 from monai.metrics.regression import compute_ssim_and_cs
-from scipy.ndimage import gaussian_filter
+from skimage.metrics import structural_similarity
 from torch import Tensor
 
-__all__ = ["SliceMetric", "psnr", "ssim", "volume_psnr", "volume_ssim"]
+__all__ = ["SliceMetric", "has_foreground", "psnr", "ssim", "volume_psnr", "volume_ssim"]
 
 FOREGROUND = 0.05  # intensity above which a pixel of the truth counts as foreground
 
@@ -51,6 +50,11 @@ def ssim(prediction: Tensor, target: Tensor, foreground: bool = False) -> Tensor
     return _mean(similarity, target[..., 5:-5, 5:-5], foreground)
 
 
+def has_foreground(target: Tensor) -> Tensor:
+    """Which slices (N, 1, H, W) show anatomy: (N,), boolean. Empty slices have no meaningful PSNR and do not count in an average."""
+    return (target > FOREGROUND).flatten(1).any(1)
+
+
 def volume_psnr(prediction: Tensor, target: Tensor, foreground: bool = False) -> float:
     """:func:`psnr` of whole volumes (1, X, Y, Z)."""
     return float(psnr(prediction[None].flatten(3), target[None].flatten(3), foreground))
@@ -61,15 +65,8 @@ def volume_ssim(prediction: Tensor, target: Tensor) -> float:
     if min(target.shape[1:]) < 11:
         raise ValueError(f"SSIM needs volumes of 11 voxels or more along each axis, got {tuple(target.shape[1:])}")
 
-    def smooth(volume: np.ndarray) -> np.ndarray:
-        return gaussian_filter(volume, 1.5, radius=5)[5:-5, 5:-5, 5:-5]
-
     x, y = (volume[0].double().numpy() for volume in (prediction, target))
-    mean_x, mean_y = smooth(x), smooth(y)
-    variance_x, variance_y, covariance = smooth(x * x) - mean_x**2, smooth(y * y) - mean_y**2, smooth(x * y) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2
-    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))
-    return float(similarity.mean())
+    return float(structural_similarity(x, y, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
 
 
 def _mean(values: Tensor, target: Tensor, foreground: bool) -> Tensor:
@@ -80,11 +77,11 @@ def _mean(values: Tensor, target: Tensor, foreground: bool) -> Tensor:
 
 
 class SliceMetric(CumulativeIterationMetric):
-    """PSNR or SSIM of every axial slice of volumes (1, 1, X, Y, Z), averaged over all slices.
+    """PSNR or SSIM of every axial slice of volumes (1, 1, X, Y, Z), averaged over all slices that show anatomy.
 
     Args:
         name: ``"psnr"`` or ``"ssim"``.
-        foreground: whether to use the foreground only; slices without any are left out of the average.
+        foreground: whether to use the pixels of the foreground only.
     """
 
     def __init__(self, name: str, foreground: bool = False) -> None:
@@ -95,9 +92,9 @@ class SliceMetric(CumulativeIterationMetric):
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs) -> Tensor:  # type: ignore[override]
         prediction, target = (torch.as_tensor(v).as_subclass(Tensor).permute(0, 4, 1, 2, 3).flatten(0, 1) for v in (y_pred, y))
-        return self.metric(prediction, target, self.foreground)[:, None]
+        values = self.metric(prediction, target, self.foreground)
+        return values.masked_fill(~has_foreground(target), torch.nan)[:, None]
 
     def aggregate(self, *args, **kwargs) -> Tensor:  # type: ignore[override]
-        """Average over the slices seen by all processes."""
-        values = self.get_buffer()
-        return values.nanmean() if self.foreground else values.mean()
+        """Average over the slices seen by all processes; NaN when none shows anatomy."""
+        return self.get_buffer().nanmean()

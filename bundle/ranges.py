@@ -10,7 +10,6 @@ from pathlib import Path
 from monai.data import MetaTensor
 
 from .degradation import Factor, check_factor
-from .errors import InputError
 from .files import write_json
 from .metrics import FOREGROUND
 
@@ -116,15 +115,13 @@ def measure(
 
 
 def read_ranges(path: str | Path | None) -> dict[str, list[float]]:
-    """Ranges written by :func:`measure`; none where the file does not exist.
-
-    Raises:
-        InputError: for a file that does not hold ranges.
-    """
+    """Ranges written by :func:`measure`. There are none where the file does not exist; one that holds something else is ignored with a
+    warning, because weights of others may have a JSON file of their own beside them."""
     if path is None or not Path(path).is_file():
         return {}
     try:
         ranges = json.loads(Path(path).read_text(encoding="utf-8"))["ranges"]
         return {name: [float(low), float(high)] for name, (low, high) in ranges.items() if name in STATISTICS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{path}: not ranges of training data ({type(e).__name__}: {e})") from e
+        logger.warning("%s: ignored, it does not hold ranges of training data (%s: %s)", path, type(e).__name__, e)
+        return {}

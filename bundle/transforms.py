@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import json
 import logging
-import math
-import os
 from collections.abc import Hashable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +13,22 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import ImageReader, MetaTensor
-from monai.transforms import InvertibleTransform, LoadImage, MapTransform, Orientation, SpatialCrop
+from monai.data import ImageReader, ITKReader, MetaTensor
+from monai.transforms import InvertibleTransform, LoadImage, MapTransform, SpatialCrop
+from pydicom.misc import is_dicom
 
-from . import version
-from .degradation import (
-    Factor,
-    acquire_slices,
-    check_factor,
-    degrade,
-    degrade_slices,
-    downsample,
-    interpolate_slices,
-    refined_size,
-    upsample,
-)
-from .dicom import is_dicom_volume
-from .dicom_volume import load_series
-from .errors import InputError, switch
-from .figures import Panel, save_panels
-from .files import RESULT_MARK, fingerprint, result_path, write_json, write_whole
-from .ranges import compare, describe, read_ranges
-from .report import Row, html_report
+from .degradation import Factor, check_factor, degrade, degrade_slices
+from .dicom import check_slices, find_series, modality
+from .errors import InputError
 
 __all__ = [
     "AxialSlicesd",
-    "CompareWithTrainingd",
-    "Consistencyd",
     "CropInPlaned",
     "Degraded",
     "LoadVolumed",
-    "SaveComparisond",
-    "SaveHtmlReportd",
-    "SaveReportd",
-    "SaveVolumed",
     "ScaleIntensityByPercentiled",
-    "ThickAxisLastd",
     "ThickSlicesd",
-    "UpsampleInPlaned",
-    "UpsampleToIsotropicd",
+    "name_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -69,8 +42,7 @@ class LoadVolumed(MapTransform):
 
     Args:
         keys: file names (NIfTI, Analyze, MetaImage, NRRD), DICOM folders or series (see :func:`bundle.data.find_volumes`).
-        reader: MONAI reader, by name; ``None`` takes nibabel for NIfTI and Analyze, :func:`bundle.dicom_volume.load_series` for DICOM,
-            ITK for the rest.
+        reader: MONAI reader, by name; ``None`` takes nibabel for NIfTI and Analyze, ITK for the rest.
 
     Raises:
         InputError: naming the file and the reason, for a file that cannot be read or holds no single-channel volume with
@@ -97,11 +69,9 @@ class LoadVolumed(MapTransform):
             header: Any = nib.load(path) if _is_nifti(source) and source.is_file() else None
             if header is not None and header.get_data_dtype().names:
                 raise InputError(f"{path}: one grey-scale volume expected, got colours")
-            if header is None and self.reader is None and is_dicom_volume(source):
-                image = load_series(source)
-                remarks = [remark for remark in image.meta["remarks"].split("\n") if remark]
-            else:
-                image = self.loader(path, reader=self._reader(source))
+            if source.is_file() and is_dicom(source):
+                check_slices(path, [path])  # it may hold all slices as its frames
+            image = self.loader(path, reader=self._reader(source)) if source.is_file() else self._load_series(source)
             if isinstance(header, nib.Nifti1Pair):
                 remarks = _follow_header(image, header)
         except InputError:
@@ -128,6 +98,21 @@ class LoadVolumed(MapTransform):
         # one reader and no other: MONAI would try all it knows in turn, among them numpy's, which runs what a pickle tells it to
         name = self.reader or ("NibabelReader" if _is_nifti(source) else "ITKReader")
         return getattr(monai.data, name)()
+
+    def _load_series(self, source: Path) -> MetaTensor:
+        folder = source if source.is_dir() else source.parent
+        series = find_series(folder)
+        if source.is_dir() and len(series) > 1:
+            raise InputError(f"{source}: holds {len(series)} DICOM series; name one of them: {source / min(series)}, ...")
+        identifier = next(iter(series), "") if source.is_dir() else source.name
+        if identifier not in series:
+            raise InputError(f"{source}: no such file, folder or DICOM series")
+        files = series[identifier]
+        check_slices(str(source), files)
+        reader = self._reader(source) if self.reader else ITKReader(series_name=identifier)
+        image = self.loader(str(folder), reader=reader)
+        image.meta["modality"] = modality(files[0])
+        return image
 
 
 class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):
@@ -300,325 +285,9 @@ def slice_factor(image: MetaTensor, thickness: float) -> float:
     return factor
 
 
-class ThickAxisLastd(MapTransform, InvertibleTransform):
-    """Turn a volume so that the axis of the largest spacing is the last one: sagittal slices to (A, S, R), coronal ones to (R, S, A),
-    axial ones, and volumes whose slices are no thicker than their pixels, to RAS.
-
-    Args:
-        keys: volumes (1, X, Y, Z) in any orientation.
-    """
-
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
-        d: dict = dict(data)
-        for key in self.keys:
-            before = nib.aff2axcodes(d[key].affine.numpy())
-            spacing = {{"L": "R", "P": "A", "I": "S"}.get(code, code): float(s) for code, s in zip(before, d[key].pixdim)}
-            thick = max("SAR", key=lambda code: round(spacing[code], 3))
-            d[key] = _oriented(d[key], {"S": "RAS", "A": "RSA", "R": "ASR"}[thick])
-            self.push_transform(d, key, extra_info={"axcodes": "".join(before)})
-        return d
-
-    def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict:
-        d: dict = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = _oriented(d[key], self.pop_transform(d, key)["extra_info"]["axcodes"])
-        return d
-
-
-class UpsampleInPlaned(MapTransform):
-    """Interpolate each axial slice to a finer grid; the affine follows, so nothing moves.
-
-    Not invertible on purpose: ``Invertd`` then restores orientation and intensity and leaves the refined grid.
-
-    Args:
-        keys: volumes (1, X, Y, Z); become (1, factor X, factor Y, Z). ``meta["factor"]`` tells the factors along x and y.
-        factor: of both in-plane axes, or two numbers: along x and along y.
-        spacing: voxel size wanted in mm, of both axes or along x and along y; decides instead of ``factor`` where it is given.
-        given_key: where to keep the volume as it was given; ``None`` does not.
-
-    Raises:
-        InputError: when ``factor`` or ``spacing`` is none; when called on a volume whose voxels are finer than ``spacing``.
-    """
-
-    def __init__(self, keys: KeysCollection, factor: Factor = 2, spacing: Factor | None = None, given_key: str | None = None) -> None:
-        super().__init__(keys)
-        self.refinement, self.given_key = Refinement(factor, spacing), given_key
-
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
-        d: dict = dict(data)
-        for key in self.keys:
-            if self.given_key is not None:
-                d[self.given_key] = d[key].as_tensor()
-            d[key] = _refined(d[key], self.refinement(d[key]))
-        return d
-
-
-class Refinement:
-    """How much finer the grid of a volume is to be in-plane. Arguments as of :class:`UpsampleInPlaned`."""
-
-    def __init__(self, factor: Factor = 2, spacing: Factor | None = None) -> None:
-        self.factors = check_factor(factor)
-        pair: Any = spacing if isinstance(spacing, Sequence) and not isinstance(spacing, str) else (spacing, spacing)
-        if spacing is not None and (len(pair) != 2 or not all(type(s) in (int, float) and 0 < s < math.inf for s in pair)):
-            raise InputError(f"spacing must be a positive number in mm, or two of them, got {spacing!r}")
-        self.spacing: tuple[float, float] | None = None if spacing is None else tuple(pair)  # type: ignore[assignment]
-
-    def __call__(self, image: MetaTensor) -> tuple[float, float]:
-        """Factors along x and y; an axis that is finer than the spacing wanted stays as it is.
-
-        Raises:
-            InputError: when both are.
-        """
-        if self.spacing is None:
-            return self.factors
-        x, y = _factors_to(image, self.spacing, " x ".join(f"{side:.4g}" for side in self.spacing))
-        return x, y
-
-
-class UpsampleToIsotropicd(MapTransform):
-    """Interpolate a volume of thick slices to voxels of one size along all axes; the affine follows, so nothing moves.
-
-    Args:
-        keys: volumes (1, X, Y, Z), the slices across the last axis. ``meta["factor"]`` tells the factors.
-        spacing: voxel size in mm; ``None`` is the smallest of the volume's. An axis that is finer stays as it is.
-        given_key: where to keep the volume as it was given; ``None`` does not.
-    """
-
-    def __init__(self, keys: KeysCollection, spacing: float | None = None, given_key: str | None = None) -> None:
-        super().__init__(keys)
-        self.refinement, self.given_key = IsotropicRefinement(spacing), given_key
-
-    __call__ = UpsampleInPlaned.__call__
-
-
-class IsotropicRefinement:
-    """How much finer the grid of a volume is to be along each axis.
-
-    Args:
-        spacing: as of :class:`UpsampleToIsotropicd`.
-        factor: anything but ``None`` is refused, instead of being ignored without a word.
-    """
-
-    def __init__(self, spacing: float | None = None, factor: Any = None) -> None:
-        if factor is not None:
-            raise InputError(f"scale is {factor!r}, but it is the spacing that says how large isotropic voxels are, in mm")
-        if spacing is not None and not (type(spacing) in (int, float) and 0 < spacing < math.inf):
-            raise InputError(f"spacing must be a positive number in mm, got {spacing!r}")
-        self.spacing = spacing
-
-    def __call__(self, image: MetaTensor) -> tuple[float, ...]:
-        wanted = self.spacing or float(min(image.pixdim))
-        return _factors_to(image, [wanted] * 3, f"{wanted:g}")
-
-
-class SaveVolumed(MapTransform):
-    """Write a volume as ``<name>_sr.nii.gz``: float32, voxels and affine as they stand. The file appears only when complete.
-
-    Both sform and qform hold the affine, under the input's code; where those of the input differ, each is refined by itself.
-
-    Args:
-        keys: volumes (1, X, Y, Z); the name is that of the file they were loaded from.
-        output_dir: folder of the results.
-        root: the part of the volume's path that is not repeated below ``output_dir``.
-    """
-
-    def __init__(self, keys: KeysCollection, output_dir: str, root: str) -> None:
-        super().__init__(keys)
-        self.output_dir, self.root = output_dir, root
-
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> Mapping:
-        for key in self.keys:
-            image = data[key]
-            volume = nib.Nifti1Image(image.as_tensor()[0].float().cpu().numpy(), image.affine.cpu().numpy())
-            sform_code, qform_code = (int(n) for n in image.meta.get("codes", (1, 1)))
-            qform = volume.affine
-            if "qform" in image.meta:
-                to_index = np.linalg.inv(np.asarray(image.meta["sform"], dtype=np.float64))
-                qform = np.asarray(image.meta["qform"], dtype=np.float64) @ to_index @ volume.affine
-            volume.set_sform(volume.affine, code=sform_code)
-            volume.set_qform(qform, code=qform_code)
-            if not np.allclose(volume.get_qform(), qform, atol=1e-4):  # a qform cannot hold a shear
-                volume.set_qform(None, code="unknown")
-            unit = image.meta.get("unit", "mm")
-            volume.header.set_xyzt_units("mm" if unit == "unknown" else unit)
-            volume.header["descrip"] = RESULT_MARK
-            write_whole(result_path(name_of(image), self.output_dir, self.root, "_sr.nii.gz"), volume.to_filename)
-        return data
-
-
-class SaveComparisond(MapTransform):
-    """Write ``<name>_sr.png``: the middle plane of the interpolated input beside that of the result, and a part enlarged.
-
-    Args:
-        keys: the interpolated input and the result, each (1, X, Y, Z) in [0, 1] on one grid.
-        output_dir, root: as of :class:`SaveVolumed`.
-        across: axis that the plane lies across: the last one, for axial slices, or 0 or 1.
-    """
-
-    def __init__(self, keys: KeysCollection, output_dir: str, root: str, across: int = 2) -> None:
-        super().__init__(keys)
-        self.output_dir, self.root, self.across = output_dir, root, across
-
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> Mapping:
-        before, after = (data[key] for key in self.keys)
-        middle = before.shape[1 + self.across] // 2
-        titles = ("input, interpolated", "super-resolved")
-        panels = [Panel(title, v.as_tensor()[0].select(self.across, middle)) for title, v in zip(titles, (before, after))]
-        spacing = [float(s) for axis, s in enumerate(before.pixdim) if axis != self.across]
-        path = result_path(name_of(before), self.output_dir, self.root, "_sr.png")
-        save_panels(path, panels, aspect=spacing[1] / spacing[0], zoom=0.25)
-        return data
-
-
-class CompareWithTrainingd(MapTransform):
-    """Say in the log what about a volume is far from the training data, and keep it for the report in ``meta["report"]``.
-
-    Args:
-        keys: volumes (1, X, Y, Z) with scaled intensities, before they are refined.
-        ranges: JSON file of :func:`bundle.ranges.measure`; where there is none, nothing is compared.
-        factor, spacing: of the refinement to come, see :class:`UpsampleInPlaned`.
-        isotropic: whether it is that of :class:`UpsampleToIsotropicd`; ``factor`` is ``None`` then.
-    """
-
-    def __init__(
-        self, keys: KeysCollection, ranges: str | None = None, factor: Any = 1, spacing: Any = None, isotropic: bool = False
-    ) -> None:
-        super().__init__(keys)
-        self.refinement: Any = IsotropicRefinement(spacing, factor) if isotropic else Refinement(factor, spacing)
-        self.ranges = read_ranges(ranges)
-
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
-        d = dict(data)
-        for key in self.keys:
-            meta = d[key].meta
-            statistics = describe(d[key], self.refinement(d[key]))
-            far = compare(statistics, self.ranges, meta.get("modality", ""))
-            for line in far:
-                logger.warning("%s: %s", name_of(d[key]), line)
-            warnings = [*filter(None, meta.get("remarks", "").split("\n")), *far]
-            report = {"warnings": warnings, "input_spacing": d[key].pixdim.tolist(), "statistics": statistics}
-            meta["report"] = json.dumps({**report, "training_ranges": self.ranges or None})
-        return d
-
-
-class Consistencyd(MapTransform):
-    """Degrade a result again and compare it with what was given: what the network has added should vanish.
-
-    Adds ``"consistency"`` to the sample: PSNR in dB of the degraded result, and of the degraded interpolation for comparison; the peak is
-    1, the intensity scale.
-
-    Args:
-        keys: the interpolated input, with its ``meta["factor"]``, and the result (1, factor X, factor Y, Z).
-        given_key: the volume as given, (1, X, Y, Z), intensities scaled.
-    """
-
-    def __init__(self, keys: KeysCollection, given_key: str = "given") -> None:
-        super().__init__(keys)
-        self.given_key = given_key
-
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
-        given = torch.as_tensor(data[self.given_key]).float().cpu().movedim(-1, 0)
-        factors = [float(f) for f in data[self.keys[0]].meta["factor"]]
-        values = {}
-        for name, key in zip(("interpolated", "result"), self.keys):
-            volume = data[key].as_tensor()
-            if len(factors) > 2:  # the slice profile is not known: a box, with the gap that the header tells
-                volume = acquire_slices(volume, factors[2], "box", _gap(data[self.keys[0]]))
-            slices = volume.movedim(-1, 0)
-            error = sum(float((downsample(s.float().cpu(), factors[:2]) - g).square().sum()) for s, g in zip(slices, given))
-            values[name] = round(-10 * math.log10(max(error / given.numel(), 1e-20)), 2)
-        logger.info("%s: degraded again, the result agrees with the input to %.2f dB", name_of(data[self.keys[-1]]), values["result"])
-        return {**data, "consistency": values}
-
-
-class SaveHtmlReportd(MapTransform):
-    """Write ``<name>_sr.html``, a page for people: result and interpolated input in three planes, residual, warnings, facts.
-
-    Args:
-        keys: the interpolated input and the result, each (1, X, Y, Z) on one grid, with ``meta["report"]``; ``"consistency"`` is there too.
-        output_dir, root, made_with: as of :class:`SaveReportd`.
-        given_key: the volume as given.
-        report: whether to write it; where not, the page of an earlier result is removed.
-    """
-
-    def __init__(
-        self, keys: KeysCollection, output_dir: str, root: str, made_with: dict, given_key: str = "given", report: bool | str = False
-    ) -> None:
-        super().__init__(keys)
-        self.output_dir, self.root, self.made_with = output_dir, root, made_with
-        self.given_key, self.report = given_key, switch("report", report)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping:
-        turned = data[self.keys[0]]
-        before, after = (_oriented(data[key], "RAS") for key in self.keys)
-        path = result_path(name_of(before), self.output_dir, self.root, "_sr.html")
-        if not self.report:
-            path.unlink(missing_ok=True)
-            return data
-        report = json.loads(before.meta["report"])
-        axes = [nib.aff2axcodes(turned.affine.numpy()).index(code) for code in "RAS"]
-        sides = [" x ".join(str(data[key].shape[1 + axis]) for axis in axes) for key in (self.given_key, self.keys[1])]
-        spacing = [" x ".join(f"{float(v[axis]):.4g}" for axis in axes) for v in (report["input_spacing"], turned.pixdim)]
-        rows = [
-            Row("Voxels, left-right x posterior-anterior x inferior-superior", *sides),
-            Row("Spacing, mm", *spacing),
-            Row("Consistency, dB", *(f"{data['consistency'][name]:.2f}" for name in ("interpolated", "result"))),
-            *(Row("SHA-256 of the weights" if k == "weights" else k, str(v)) for k, v in self.made_with.items() if v is not None),
-            Row("Version of the bundle", version()),
-            Row("Date", datetime.now().astimezone().isoformat(" ", "minutes")),
-        ]
-        warnings = report["warnings"]
-        if not report["training_ranges"]:
-            warnings.append("not compared with the training data: no ranges beside the weights")
-        title = os.path.relpath(name_of(before), self.root)
-        page = html_report(title, before, after, float(before.meta["unit_intensity"]), rows, warnings)
-        write_whole(path, lambda part: part.write_text(page, encoding="utf-8"))
-        return data
-
-
-class SaveReportd(MapTransform):
-    """Write ``<name>_sr.json``: what was odd or far from the training data, the consistency, and what the result was made from and with.
-
-    Write it last: a result counts as complete, and is not made again, where its report says the same (:func:`bundle.files.is_done`).
-
-    Args:
-        keys: volumes with ``meta["report"]``.
-        output_dir, root: as of :class:`SaveVolumed`.
-        made_with: settings of the run.
-    """
-
-    def __init__(self, keys: KeysCollection, output_dir: str, root: str, made_with: dict) -> None:
-        super().__init__(keys)
-        self.output_dir, self.root, self.made_with = output_dir, root, made_with
-
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> Mapping:
-        for key in self.keys:
-            volume = name_of(data[key])
-            report = json.loads(data[key].meta["report"])
-            report = {
-                "volume": volume,
-                "warnings": report.pop("warnings"),
-                "factor": [float(f) for f in data[key].meta["factor"]],
-                "consistency_db": data["consistency"],  # type: ignore[call-overload]
-                **report,
-                "made_with": self.made_with,
-                "input": fingerprint(volume),
-            }
-            write_json(result_path(volume, self.output_dir, self.root, "_sr.json"), report)
-        return data
-
-
 def name_of(image: MetaTensor) -> str:
     """File that a volume was loaded from."""
     return str(image.meta.get("filename_or_obj", "volume"))
-
-
-def _gap(image: MetaTensor) -> float:
-    """Gap between the slices that a refined volume was made of, as a fraction of their distance; 0 where their thickness is not known or
-    their axis is not the last one."""
-    thickness, spacing = (float(image.meta.get(key, 0)) for key in ("slice_thickness", "slice_spacing"))
-    given = float(image.pixdim[2]) * float(image.meta["factor"][2])
-    return max(0.0, 1 - thickness / spacing) if thickness and abs(spacing - given) < 0.01 * given else 0.0
 
 
 def _is_nifti(source: Path) -> bool:
@@ -669,41 +338,6 @@ def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
     image.meta["codes"] = [sform_code or qform_code or aligned, qform_code or sform_code or aligned]
     image.meta["unit"] = header.header.get_xyzt_units()[0]
     return remarks
-
-
-def _factors_to(image: MetaTensor, wanted: Sequence[float], text: str) -> tuple[float, ...]:
-    """Factors that bring the voxels to the sides wanted, in mm; an axis that is finer already stays as it is, and not all may be."""
-    given = [float(side) for side, _ in zip(image.pixdim, wanted)]
-    factors = [round(g / w, 6) for g, w in zip(given, wanted)]  # of an affine in single precision
-    if max(factors) < 1 - 1e-3:
-        sides = " x ".join(f"{side:.4g}" for side in given)
-        raise InputError(f"{name_of(image)}: spacing {text} mm asked for, but voxels are {sides} mm already")
-    return tuple(max(f, 1.0) for f in factors)
-
-
-def _refined(image: MetaTensor, factors: Sequence[float]) -> MetaTensor:
-    """Volume (1, X, Y, Z) on a grid finer along x and y, and z where there is a third factor, in the same place: the centre of refined
-    voxel i lies at the given (i + 0.5) / factor - 0.5."""
-    voxels = image.as_tensor()
-    if len(factors) > 2:  # first along the thick axis
-        voxels = interpolate_slices(voxels, factors[2], refined_size(voxels.shape[-1], factors[2]))
-    voxels = upsample(voxels.movedim(-1, 0), factors[:2]).movedim(0, -1).contiguous()
-    step = torch.ones(4, dtype=torch.float64)
-    step[: len(factors)] /= torch.tensor(factors, dtype=torch.float64)
-    to_given = torch.diag(step)
-    to_given[:3, 3] = (step[:3] - 1) / 2
-    refined = MetaTensor(voxels, meta=image.meta, applied_operations=image.applied_operations)
-    refined.affine = image.affine.to(torch.float64) @ to_given
-    for given in ("spatial_shape", "original_affine"):  # servers put a result back on the grid they find here
-        refined.meta.pop(given, None)
-    refined.meta["factor"] = list(factors)
-    return refined
-
-
-def _oriented(image: MetaTensor, axcodes: str) -> MetaTensor:
-    turn = Orientation(axcodes=axcodes, labels=None)
-    with turn.trace_transform(False):
-        return turn(image)  # type: ignore[return-value]
 
 
 def _crop(image: MetaTensor, start: Sequence[int], end: Sequence[int]) -> MetaTensor:

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bundle.data import find_volumes
 from bundle.degradation import degrade
 from bundle.errors import InputError, report_in_one_line
-from bundle.files import write_json, write_whole
+from bundle.files import write_atomically, write_json
 from bundle.inferers import AutocastInferer
 from bundle.losses import PixelTVLoss
 from bundle.networks import MultiScaleResidualNet, prepare
@@ -45,7 +45,7 @@ SIDES = (128, 256, 384, 512)  # output pixels, 4 slices
 VOLUMES = (1, 2, 4)  # of 4 slices of 256 x 256 output pixels, by 1 process
 PROCESSES = (1, 2)  # for 4 such volumes
 WHOLE = {  # network -> overlays and options of a whole run
-    "bicubic": ([], ["--network_def", '{"_target_": "torch.nn.Identity"}', "--handlers::0::_disabled_", "true"]),
+    "bicubic": ([], ["--network_def", '{"_target_": "torch.nn.Identity"}', "--load_weights", "false"]),
     "fast": (["networks/fast"], []),
     "the paper's": ([], []),
 }
@@ -59,6 +59,10 @@ def main() -> None:
     known = json.loads(given.json.read_text()) if given.json.exists() else {}
     result = {"machine": machine(), "repeats": given.repeats, **measure(given)}
     section = {result["volume"]: result} if "volume" in result else result
+    if kind == "whole":  # networks that were not measured this time keep their rows
+        before = known.get(kind, {}).get(result["volume"], {})
+        if all(before.get(key) == result[key] for key in ("side", "scale")):
+            result["rows"] = {**before["rows"], **result["rows"]}
     # several volumes stand side by side, all else is measured anew
     known[kind] = {**known.get(kind, {}), **section} if "volume" in result else section
     write_json(given.json, known)
@@ -144,10 +148,10 @@ def measure_inference(given: argparse.Namespace) -> dict:
     if len(volumes) > 1:
         raise InputError(f"{given.inference}: one volume expected, found {len(volumes)}")
     ways = {
-        "naive": parsed("inference", given, fft_convolutions=False, skip_background=False, amp=False),
+        "naive": parsed("inference", given, skip_background=False, amp=False),
         "fast": parsed("inference", given),
     }
-    load, orient, scale = (ways["fast"].get_parsed_content(f"preprocessing::transforms::{n}") for n in range(3))
+    load, orient, scale = (ways["fast"].get_parsed_content(name) for name in ("load", "orient", "scale_intensity"))
     truth = scale(orient(load({"image": volumes[0]})))["image"].as_tensor()
     depth = truth.shape[-1]
     count = min(given.slices or depth, depth)
@@ -172,8 +176,7 @@ def measure_inference(given: argparse.Namespace) -> dict:
 def inference_of(parser: ConfigParser, image: Tensor, naive: bool) -> Callable[[], Tensor]:
     """What the evaluator of ``configs/inference.json`` does with a batch; ``naive``: with weights in the memory format of a new network."""
     device, network, inferer = (parser.get_parsed_content(key) for key in ("device", "network", "inferer"))
-    handlers = parser.get_parsed_content("handlers")
-    if handlers:
+    if parser.get_parsed_content("load_weights"):
         state = torch.load(parser.get_parsed_content("checkpoint"), map_location=device, weights_only=True)
         network.load_state_dict(state)
     if naive:
@@ -448,7 +451,7 @@ def draw_growth(section: dict, path: Path) -> None:
             numbers, values = [row["number"] for row in rows], [row[key] for row in rows]
             axes.plot(numbers, values, "o-")
             axes.set(xlabel=kind, xticks=numbers, ylim=(0, 1.1 * max(values)), ylabel=label if column == 0 else None)
-    write_whole(path, figure.savefig)
+    write_atomically(path, figure.savefig)
 
 
 def write_page(page: Path, known: dict) -> None:
@@ -460,7 +463,7 @@ def write_page(page: Path, known: dict) -> None:
             raise InputError(f"{page}: no {begin} ... <!-- end --> to write the table into")
         before, rest = text.split(begin, 1)
         text = f"{before}{begin}\n{markdown(kind, section)}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
-    write_whole(page, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(page, lambda path: path.write_text(text, encoding="utf-8"))
     if "growth" in known:
         draw_growth(known["growth"], page.parent / "figures" / "growth.png")
 

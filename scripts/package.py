@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,19 @@ LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*", "*.part", "*.ts", "*.onnx
 MAX_BYTES = 25_000_000  # of a file in the zoo
 PACKAGES = {"monai": "monai_version", "torch": "pytorch_version", "numpy": "numpy_version"}  # beside required_packages_version
 OWN_SCHEMA = ROOT / "tests" / "metadata_schema.json"
+FRONT_MATTER = """---
+license: apache-2.0
+library_name: monai
+pipeline_tag: image-to-image
+tags:
+- monai
+- medical
+- mri
+- brain
+- super-resolution
+---
+
+"""
 UNIT_TEST = ROOT / "tests" / "zoo" / f"test_{NAME}.py"
 
 
@@ -55,11 +69,19 @@ def build(folder: Path) -> Path:
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=LEFT_OUT)
     shutil.copy(ROOT / "LICENSE", folder)
+    (folder / "README.md").write_text(hub_readme(), encoding="utf-8")
     for file in contents(folder):
         if file.stat().st_size >= MAX_BYTES:
             size = f"{file.stat().st_size / 1e6:.1f} MB"
             raise RuntimeError(f"{file.relative_to(folder)}: {size}, and the zoo takes files below {MAX_BYTES / 1e6:.0f} MB")
     return folder
+
+
+def hub_readme() -> str:
+    """The model card with what the Hugging Face hub reads at its top, and links as they are seen from the folder above ``docs``."""
+    card = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    card = re.sub(r"\]\((?!https?:|#|\.\./)", "](docs/", card).replace("](../", "](")
+    return FRONT_MATTER + card
 
 
 def check_versions(meta: dict, any_versions: bool) -> None:

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bundle.degradation import degrade
 from bundle.errors import InputError, report_in_one_line
 from bundle.figures import Panel, save_panels
-from bundle.files import write_json, write_whole
+from bundle.files import write_atomically, write_json
 from bundle.metrics import psnr, ssim
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -158,7 +158,7 @@ class Run:
         self._bundle_run(name, folder, "train", resume=True, seed=seed, **settings)
         weights = torch.load(folder / "models" / "model.pt", map_location="cpu", weights_only=True)
         halves = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
-        write_whole(folder / "weights.pt", lambda path: torch.save(halves, path))
+        write_atomically(folder / "weights.pt", lambda path: torch.save(halves, path))
 
     def evaluate(self, name: str, seed: int) -> None:
         folder = self.folder(name, seed)
@@ -170,7 +170,7 @@ class Run:
         """Write the table and the figures of all that is finished, whoever ran it."""
         results = self._results()
         write_json(self.output_dir / "results.json", results)
-        write_whole(self.output_dir / "results.md", lambda path: path.write_text(table(results), encoding="utf-8"))
+        write_atomically(self.output_dir / "results.md", lambda path: path.write_text(table(results), encoding="utf-8"))
         self._draw_comparison(results)
         self._draw_curves(results["methods"])
         print(f"\n{table(results)}\nresults and figures in {self.output_dir}")
@@ -318,7 +318,7 @@ class Run:
             for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
                 formatter("{x:g}")
             axis.legend(fontsize=8)
-            write_whole(self.output_dir / "training_curves.png", lambda path: figure.savefig(path, dpi=110))
+            write_atomically(self.output_dir / "training_curves.png", lambda path: figure.savefig(path, dpi=110))
 
 
 def budget_of(epochs: int | None, patches: int | None, volumes: int) -> dict:

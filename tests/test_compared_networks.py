@@ -162,6 +162,7 @@ def test_input_is_left_as_it_was(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
+@pytest.mark.slow
 def test_training_wakes_every_parameter(name):
     torch.manual_seed(0)
     network, x = SMALL[name]().train(), torch.rand(4, 1, 12, 12)
@@ -323,6 +324,7 @@ def real_slice():
 
 
 @pytest.mark.parametrize("name", ["fast", *sorted(file.stem for file in (ROOT / "models" / "baselines").glob("*.pt"))])
+@pytest.mark.slow
 def test_shipped_weights_improve_on_bicubic_interpolation(name, real_slice):
     file = ROOT / "models" / ("fast/model.pt" if name == "fast" else f"baselines/{name}.pt")
     network = overlay(name)

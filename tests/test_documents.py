@@ -12,8 +12,17 @@ import pytest
 import toy
 from fire.parser import DefaultParseValue
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
-ELSEWHERE = ("torchrun", "_export", "model.ts", "inference_onnx", "inference_trt", '--tv_weight 0"')  # test_workflows, test_export
+ELSEWHERE = (
+    "torchrun",
+    "_export",
+    "inference_torchscript",
+    "inference_onnx",
+    "inference_trt",
+    '--tv_weight 0"',
+)  # test_workflows, test_export
 PAGES = ["README.md", "docs/README.md", "docs/factors_and_slices.md", "docs/fast_network.md", "docs/results.md", "docs/training.md"]
 SMALL = {"split": [2, 1, 2], "crop_size": [40, 36], "device": "$torch.device('cpu')"}
 SHORT = {"patch_size": 16, "patches_per_volume": 2, "batch_size": 2, "max_epochs": 1, "lr_milestones": [1], "val_interval": 1}

@@ -19,6 +19,8 @@ import toy
 from bundle.errors import InputError
 from bundle.networks import MultiScaleResidualNet, OnnxNetwork
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 ODD_AND_EVEN = [(1, 1, 31, 31), (2, 1, 24, 17), (3, 1, 20, 36), (1, 1, 1, 5)]
 
@@ -56,8 +58,8 @@ def network() -> MultiScaleResidualNet:
 
 
 def test_the_model_card_has_a_command_for_each_step():
-    assert [re.search(r"(ckpt_export|onnx_export|model\.ts|inference_onnx)", c).group() for c in commands()] == [
-        "ckpt_export", "model.ts", "onnx_export", "inference_onnx",
+    assert [re.search(r"(ckpt_export|onnx_export|inference_torchscript|inference_onnx)", c).group() for c in commands()] == [
+        "ckpt_export", "inference_torchscript", "onnx_export", "inference_onnx",
     ]  # fmt: skip
 
 

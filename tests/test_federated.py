@@ -16,6 +16,8 @@ from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems, ModelType
 from monai.fl.utils.exchange_object import ExchangeObject
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 ROUNDS, EPOCHS = 2, 2  # epochs of one round
 SMALL = {
@@ -108,6 +110,22 @@ def test_the_best_network_of_a_site_can_be_asked_for(sites, federation):
     best = sites[1].get_weights({ExtraItems.MODEL_TYPE: ModelType.BEST_MODEL}).weights
     assert best.keys() == federation["weights"][0].keys()
     assert all(torch.isfinite(value).all() for value in best.values())
+
+
+def test_initial_weights_do_not_replace_the_average_of_a_round(tmp_path):
+    toy.write_subjects(tmp_path / "data", 4)
+    initial = str(toy.save_checkpoint(tmp_path / "initial.pt"))
+    still = {**SMALL, "patches_per_volume": 8, "learning_rate": 1e-12, "initial_checkpoint": initial}
+    settings = {**still, "dataset_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out")}
+    client = MonaiAlgo(bundle_root=str(ROOT), local_epochs=1, send_weight_diff=False, train_kwargs=settings, eval_kwargs=dict(settings))
+    client.initialize({ExtraItems.CLIENT_NAME: "site"})
+    start = client.get_weights().weights
+    assert all(torch.equal(start[key], value) for key, value in torch.load(initial, weights_only=True).items())
+    for seed in (1, 2):
+        average = torch.load(toy.save_checkpoint(tmp_path / "average.pt", seed=seed), weights_only=True)
+        client.train(ExchangeObject(weights=average))
+        found = client.get_weights().weights
+        assert all(torch.allclose(found[key], value, atol=1e-6) for key, value in average.items())
 
 
 def test_the_documented_scripts_run_under_nvidia_flare(tmp_path):

@@ -1,6 +1,8 @@
 import os
+import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from PIL import Image
 
 from bundle.errors import InputError, full_disk, reason
 from bundle.figures import Panel, save_panels
-from bundle.files import namesakes, result_path, results_root, write_whole
+from bundle.files import fingerprint, write_atomically, write_json
+from bundle.results import Results
 
 
 class TestResultPath:
@@ -20,49 +23,78 @@ class TestResultPath:
         ["sub.nii", "sub.nii.gz", "sub.mha", "sub.mhd", "sub.nrrd", "sub.nhdr", "sub.img", "sub.img.gz"],
     )
     def test_extension_is_replaced(self, name):
-        assert result_path(f"/in/{name}", "out", "/in", "_sr.nii.gz") == Path("out/sub_sr.nii.gz")
+        assert Results("out", "/in", []).path(f"/in/{name}", "_sr.nii.gz") == Path("out/sub_sr.nii.gz")
 
     @pytest.mark.parametrize("name", ["sub-01.run-2", "1.2.840", "a b", "Größe 脳"])
     def test_rest_of_the_name_stays(self, name):
-        assert result_path(f"/in/{name}.nii.gz", "out", "/in", "_sr.png") == Path(f"out/{name}_sr.png")
+        assert Results("out", "/in", []).path(f"/in/{name}.nii.gz", "_sr.png") == Path(f"out/{name}_sr.png")
 
     @pytest.mark.parametrize("name", ["1.2.840.10008.113619", "series", "T1 3.5mm"])
     def test_dicom_folder_keeps_its_whole_name(self, name, tmp_path):
         (tmp_path / "in" / name).mkdir(parents=True)
-        path = result_path(str(tmp_path / "in" / name), "out", str(tmp_path / "in"), "_sr.nii.gz")
+        path = Results("out", tmp_path / "in", []).path(tmp_path / "in" / name, "_sr.nii.gz")
         assert path == Path(f"out/{name}_sr.nii.gz")
 
     def test_equal_names_in_several_folders_stay_apart(self):
         volumes = ["/in/a/t1.nii.gz", "/in/b/t1.nii.gz", "/in/b/c/t1.nii.gz"]
-        results = [result_path(volume, "out", results_root("/in", volumes), "_sr.nii.gz") for volume in volumes]
+        results = [Results("out", "/in", volumes).path(volume, "_sr.nii.gz") for volume in volumes]
         assert results == [Path("out/a/t1_sr.nii.gz"), Path("out/b/t1_sr.nii.gz"), Path("out/b/c/t1_sr.nii.gz")]
 
     def test_relative_paths_will_do(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        root = results_root("./in", ["in/a/t1.nii", "./in/b/t1.nii"])
-        assert root == str(tmp_path / "in")
-        assert result_path("in/a/t1.nii", "out", root, ".txt") == Path("out/a/t1.txt")
-        assert result_path("t1.nii", "out", results_root("t1.nii", ["t1.nii"]), ".txt") == Path("out/t1.txt")
+        results = Results("out", "./in", ["in/a/t1.nii", "./in/b/t1.nii"])
+        assert results.root == str(tmp_path / "in")
+        assert results.path("in/a/t1.nii", ".txt") == Path("out/a/t1.txt")
+        assert Results("out", "t1.nii", ["t1.nii"]).path("t1.nii", ".txt") == Path("out/t1.txt")
 
     def test_names_do_not_depend_on_what_else_is_there(self):
         for volumes in (["/in/a/t1.nii"], ["/in/a/t1.nii", "/in/b.nii"]):
-            assert result_path(volumes[0], "out", results_root("/in", volumes), "_sr.json") == Path("out/a/t1_sr.json")
+            assert Results("out", "/in", volumes).path(volumes[0], "_sr.json") == Path("out/a/t1_sr.json")
 
-    def test_namesakes_are_found(self):
+    def test_volumes_with_one_result_name_are_found(self):
         volumes = ["/in/a/t1.nii.gz", "/in/a/t1.mha", "/in/b/t1.nii", "/in/c.img"]
-        assert namesakes(volumes, "/in") == {volumes[0]: volumes[1], volumes[1]: volumes[0]}
+        assert Results("out", "/in", volumes).name_clashes == {volumes[0]: volumes[1], volumes[1]: volumes[0]}
 
 
-class TestWriteWhole:
+class TestSettings:
+    def done(self, tmp_path, before, after):
+        """Whether a result that was made with some settings is up to date with others."""
+        volume = toy.write_nifti(tmp_path / "in" / "a.nii.gz")
+        results = Results(tmp_path, tmp_path / "in", [str(volume)], before)
+        for ending in ("_sr.nii.gz", "_sr.json"):
+            results.path(volume, ending).touch()
+        write_json(results.path(volume, "_sr.json"), {"settings": results.settings, "input": fingerprint(str(volume))})
+        return Results(tmp_path, tmp_path / "in", [str(volume)], after).is_done(str(volume))
+
+    @pytest.mark.parametrize(
+        ("before", "after"), [((2, 3), [2, 3]), (np.float64(2), 2), (np.int64(2), 2.0), ("false", False), (None, None)]
+    )
+    def test_equal_settings_are_recognised_whatever_their_type(self, before, after, tmp_path):
+        assert self.done(tmp_path, {"scale": before}, {"scale": after})
+        assert not self.done(tmp_path, {"scale": before}, {"scale": 3})
+
+    def test_changed_weights_make_another_result_whatever_their_format(self, tmp_path):
+        weights = tmp_path / "model.onnx"
+        weights.write_bytes(b"one")
+        before = Results(tmp_path, tmp_path, [], weights=weights).settings
+        assert before == Results(tmp_path, tmp_path, [], weights=weights).settings
+        weights.write_bytes(b"two")
+        assert before != Results(tmp_path, tmp_path, [], weights=weights).settings
+
+    def test_another_setting_makes_another_result(self, tmp_path):
+        assert not self.done(tmp_path, {"scale": 2}, {"scale": 2, "margin": 16})
+
+
+class TestWriteAtomically:
     def test_file_is_written_below_new_folders(self, tmp_path):
         path = tmp_path / "new" / "folder" / "a.txt"
-        write_whole(path, lambda part: part.write_text("all"))
+        write_atomically(path, lambda part: part.write_text("all"))
         assert path.read_text() == "all"
         assert list(path.parent.iterdir()) == [path]
 
     def test_writer_sees_the_extension(self, tmp_path):
         seen = []
-        write_whole(tmp_path / "a.nii.gz", lambda part: (seen.append(part), part.touch()))
+        write_atomically(tmp_path / "a.nii.gz", lambda part: (seen.append(part), part.touch()))
         assert seen[0].parent == tmp_path
         assert seen[0].name.endswith(".nii.gz")
         assert seen[0] != tmp_path / "a.nii.gz"
@@ -75,8 +107,18 @@ class TestWriteWhole:
             part.write_text("new")
             assert path.read_text() == "old"
 
-        write_whole(path, write)
+        write_atomically(path, write)
         assert path.read_text() == "new"
+
+    @pytest.mark.parametrize("name", [f"{platform.node()}-{os.getppid()}", f"another-host-{os.getpid()}"])
+    def test_parts_of_running_processes_stay_until_they_are_a_day_old(self, name, tmp_path):
+        part = tmp_path / f".part-{name}-a.txt"
+        part.write_text("half")
+        write_atomically(tmp_path / "a.txt", lambda part: part.write_text("all"))
+        assert part.exists()
+        os.utime(part, (time.time() - 90_000,) * 2)
+        write_atomically(tmp_path / "a.txt", lambda part: part.write_text("all"))
+        assert not part.exists()
 
     @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
     def test_content_is_on_the_disk_before_the_name_is(self, tmp_path, monkeypatch):
@@ -88,7 +130,7 @@ class TestWriteWhole:
             fsync(descriptor)
 
         monkeypatch.setattr(os, "fsync", watched)
-        write_whole(path, lambda part: part.write_text("all"))
+        write_atomically(path, lambda part: part.write_text("all"))
         (file, before), (folder, after) = seen
         assert Path(file).name.startswith(".part-") and not before
         assert folder == str(tmp_path) and after
@@ -101,7 +143,7 @@ class TestWriteWhole:
                 stream.write("x" * 100_000)
 
         with pytest.raises(OSError, match="No space left") as error:
-            write_whole(tmp_path / "a.txt", write)
+            write_atomically(tmp_path / "a.txt", write)
         assert full_disk(OSError("another")) is None
         assert full_disk(error.value) is error.value
         assert not list(tmp_path.iterdir())
@@ -118,12 +160,12 @@ class TestWriteWhole:
             raise error
 
         with pytest.raises(type(error)):
-            write_whole(path, write)
+            write_atomically(path, write)
         assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == ([("a.txt", "old")] if old else [])
 
     def test_failure_before_anything_is_written_is_the_one_reported(self, tmp_path):
         with pytest.raises(ZeroDivisionError):
-            write_whole(tmp_path / "a.txt", lambda part: 1 / 0)
+            write_atomically(tmp_path / "a.txt", lambda part: 1 / 0)
 
 
 class TestReason:
@@ -213,14 +255,15 @@ class TestSavePanels:
         save_panels(tmp_path / "a.png", [Panel("output", output * 1)], zoom=0.25)
         assert (tmp_path / "a.png").stat().st_size > 1000
 
-    def test_anterior_is_up_and_right_is_right(self, tmp_path):
+    @pytest.mark.parametrize(("axcodes", "flips"), [(("R", "A"), []), (("L", "A"), [0]), (("R", "P"), [1]), (("L", "P"), [0, 1])])
+    def test_anterior_is_up_and_the_patient_s_right_is_on_the_left(self, axcodes, flips, tmp_path):
         slice_ = torch.zeros(20, 20)
         slice_[15:, 12:] = 1
-        save_panels(tmp_path / "a.png", [Panel("", slice_)])
+        save_panels(tmp_path / "a.png", [Panel("", slice_.flip(flips))], axcodes=axcodes)
         picture = np.asarray(Image.open(tmp_path / "a.png").convert("L")).astype(float)
         rows, columns = (np.flatnonzero((picture < 10).any(axis)) for axis in (1, 0))  # the black of the panel
         inside = picture[rows[0] : rows[-1], columns[0] : columns[-1]] > 200
         middle = [n // 2 for n in inside.shape]
         halves = [(slice(n), slice(n, None)) for n in middle]
         upper_left, upper_right, lower_left, lower_right = (inside[a, b].mean() for a in halves[0] for b in halves[1])
-        assert upper_right > 0.2 > max(upper_left, lower_left, lower_right)
+        assert upper_left > 0.2 > max(upper_right, lower_left, lower_right)

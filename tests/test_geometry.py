@@ -23,8 +23,7 @@ def transforms(factor):
     parser = ConfigParser()
     parser.read_config(CONFIG)
     parser.update({"scale": factor, "dataset_dir": FOLDER.name, "volumes": [], "output_dir": FOLDER.name, "checkpoint": os.devnull})
-    save = [t for t in parser["saving::transforms"] if t["_target_"] == "bundle.transforms.SaveVolumed"]
-    parser["saving::transforms"] = save
+    parser["saving::transforms"] = ["@save_volume"]  # without the report
     return [parser.get_parsed_content(name) for name in ("preprocessing", "postprocessing", "saving")]
 
 

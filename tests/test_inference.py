@@ -2,6 +2,7 @@ import contextlib
 import csv
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -19,6 +20,7 @@ import torch
 import toy
 from PIL import Image
 
+from bundle.degradation import upsample
 from bundle.errors import reason
 from bundle.inferers import OrthogonalSlices
 
@@ -37,7 +39,6 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture
 def infer(checkpoints, tmp_path, monkeypatch):
     """``infer(dataset_dir, overrides)``: run ``configs/inference.json`` in this process; returns the output folder."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # restored afterwards
 
     def run(dataset_dir, weights="random", output_dir=None, overlays=(), **overrides):
         output_dir = Path(output_dir or tmp_path / "out")
@@ -158,7 +159,7 @@ class TestGeometryAndIntensity:
             report = json.loads((out / f"{name}_sr.json").read_text())
             assert report["factor"] == pytest.approx(factor)
             assert report["statistics"]["spacing_x"] == pytest.approx(zooms[0])
-            assert report["made_with"]["spacing"] == 0.6
+            assert report["settings"]["spacing"] == 0.6
 
     @pytest.mark.parametrize("axcodes", ["RAS", "LPI", "IPR"])
     def test_axial_slices_are_counted_from_the_inferior_end(self, axcodes, infer, tmp_path):
@@ -229,7 +230,7 @@ class TestThickSlices:
         tiny = {"network_def": {"_target_": "bundle.networks.MultiScaleResidualNet", **toy.TINY}, "phases": False}
         with pytest.raises(Exception) as error:
             infer(path, overlays=["isotropic"], scale=3, **tiny)
-        assert "scale is 3, but it is the spacing that says how large isotropic voxels are" in whole_story(error.value)
+        assert "scale is 3, but isotropic voxels have the size that spacing says" in whole_story(error.value)
 
     def test_network_sees_the_two_families_of_planes_with_the_thick_axis(self):
         seen = []
@@ -242,6 +243,32 @@ class TestThickSlices:
         assert seen == [(5, 6)] * 4 + [(4, 6)] * 5
         first, second = torch.tensor([0.0, 0, 0, 0]), torch.tensor([1.0, 1, 1, 1, 1])
         torch.testing.assert_close(result[0, 0, ..., 0], (first[:, None] + second) / 2)
+
+
+class TestWithoutWeights:
+    @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "nearest"])
+    def test_interpolation_alone_needs_no_weights(self, mode, tmp_path, monkeypatch):
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
+        files = [CONFIG, str(ROOT / "configs" / "networks" / f"{mode}.json")]
+        monai.bundle.run(config_file=files, dataset_dir=str(path), output_dir=str(tmp_path), device="$torch.device('cpu')")
+        expected = upsample(torch.from_numpy(toy.head((20, 22, 3))).movedim(-1, 0), 2, mode).movedim(0, -1)
+        np.testing.assert_allclose(nib.load(tmp_path / "a_sr.nii.gz").get_fdata(), expected, atol=0.01)
+        found = json.loads((tmp_path / "a_sr.json").read_text())["settings"]
+        assert (found["weights"], found["interpolation"], found["network"]) == (None, mode, "Identity")
+
+    def test_weights_that_nothing_loads_are_refused_in_one_line(self, infer, tmp_path):
+        """The report would name weights that did not make the result."""
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
+        with pytest.raises(Exception) as error:
+            infer(path, **{"handlers::0::_disabled_": True})
+        assert "the handler that loads the weights is switched off: use --load_weights false" in whole_story(error.value)
+
+    def test_another_margin_makes_another_result(self, infer, tmp_path):
+        path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
+        first = times_of_change(infer(path))
+        assert times_of_change(infer(path, margin=8)) == first
+        second = times_of_change(infer(path, margin=16))
+        assert all(second[name] > first[name] for name in first)
 
 
 class TestFormatsAndNames:
@@ -277,7 +304,7 @@ class TestFormatsAndNames:
             np.testing.assert_allclose(result, bicubic(toy.head((20, 22, 3), seed=seed), 2), atol=0.01)
         assert len(files_below(out)) == 9
 
-    def test_namesakes_are_refused_and_the_others_done(self, infer, tmp_path):
+    def test_volumes_with_one_result_name_are_refused_and_the_others_done(self, infer, tmp_path):
         """A series and the file converted from it often stand side by side: which one is meant?"""
         toy.write_dicom(tmp_path / "in" / "t1", toy.head((20, 22, 3), seed=1))
         toy.write_nifti(tmp_path / "in" / "t1.nii.gz", toy.head((20, 22, 3), seed=2))
@@ -286,7 +313,7 @@ class TestFormatsAndNames:
             infer(tmp_path / "in")
         assert "2 of 3 volumes failed" in reason(error.value)
         one, other = tmp_path / "in" / "t1", tmp_path / "in" / "t1.nii.gz"
-        assert f"{one}: its result would have the name of that of {other}" in reason(error.value)
+        assert f"{one}: its result would have the same name as that of {other}" in reason(error.value)
         assert files_below(tmp_path / "out") == ["failed.csv", "t2_sr.json", "t2_sr.nii.gz", "t2_sr.png"]
 
     def test_picture_opens(self, infer, tmp_path):
@@ -301,6 +328,7 @@ class TestFormatsAndNames:
         shape = [nib.load(infer(path, scale=scale) / "a_sr.nii.gz").shape for scale in (2, 3)]
         assert shape == [(40, 44, 3), (60, 66, 3)]
 
+    @pytest.mark.slow
     def test_command_runs_from_any_directory(self, checkpoints, tmp_path):
         toy.write_nifti(tmp_path / "data" / "sub-01.nii.gz", toy.head((20, 22, 3)))
         done = command(tmp_path, checkpoints)
@@ -388,7 +416,7 @@ class TestStartedAgain:
             infer(two, report="perhaps")
         assert reason(error.value) == "report must be true or false, got 'perhaps'"
 
-    @pytest.mark.parametrize("report", ["", "[]", "{", '{"made_with": 1}'])
+    @pytest.mark.parametrize("report", ["", "[]", "{", '{"settings": 1}'])
     def test_damaged_report_counts_as_missing(self, report, infer, two):
         out = infer(two)
         before = times_of_change(out)
@@ -407,6 +435,7 @@ class TestStartedAgain:
         results = [name for name in files_below(two.parent / output_dir) if name.endswith(".json")]
         assert results == ["a_sr.json", "b_sr.json", "c_sr_sr.json"]
 
+    @pytest.mark.slow
     def test_killed_run_goes_on_with_the_rest(self, infer, checkpoints, tmp_path):
         for number in range(4):
             toy.write_nifti(tmp_path / "data" / f"{number}.nii.gz", toy.head((60, 60, 20), seed=number))
@@ -425,13 +454,16 @@ class TestStartedAgain:
     def test_traces_of_a_killed_run_vanish(self, infer, two):
         out = two.parent / "out"
         out.mkdir()
+        with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+            gone.wait()
         for name in ("a_sr.nii.gz", "b_sr.png"):
-            (out / f".part-4711-{name}").write_bytes(b"half")
+            (out / f".part-{platform.node()}-{gone.pid}-{name}").write_bytes(b"half")
         infer(two)
         assert not [name for name in files_below(out) if "part" in name]
 
 
 @pytest.mark.parametrize(("volumes", "bad"), [(3, 2), (1, 0)])
+@pytest.mark.slow
 def test_processes_share_a_folder(volumes, bad, checkpoints, tmp_path):
     for number in range(volumes):
         toy.write_nifti(tmp_path / "data" / f"sub-{number}.nii.gz", toy.head((20, 22, 3), seed=number))
@@ -576,6 +608,7 @@ class TestBadInput:
             assert why.startswith(f"{volume}: ") and "ermission" in why
             assert (folder / "open" / "a_sr.nii.gz").exists()
 
+    @pytest.mark.slow
     def test_full_disk_stops_with_one_line_and_leaves_nothing_half_written(self, checkpoints, tmp_path):
         own_disk = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
         mount = 'mount -t tmpfs -o size=160k tmpfs "$0"'
@@ -600,6 +633,7 @@ class TestBadInput:
             infer(path, output_dir=tmp_path / "file" / "out")
         assert str(tmp_path / "file") in whole_story(error.value)
 
+    @pytest.mark.slow
     def test_command_ends_with_one_line(self, checkpoints, tmp_path):
         done = command(tmp_path, checkpoints, "--dataset_dir", "gone")
         assert done.returncode == 1

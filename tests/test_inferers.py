@@ -1,6 +1,5 @@
 """Inference where there is anatomy, against inference of whole slices."""
 
-import sys
 from pathlib import Path
 
 import monai.bundle
@@ -206,7 +205,6 @@ def test_box_follows_the_anatomy():
 
 
 def test_a_volume_is_super_resolved_as_without_skipping(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # restored afterwards
     array = volume((40, 37, 5), empty=(0, 4))[0, 0].numpy() * 1000
     scan = toy.write_nifti(tmp_path / "scan.nii.gz", array)
     weights = toy.save_checkpoint(tmp_path / "tiny.pt")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -27,6 +28,8 @@ from monailabel.client import MONAILabelClient
 
 from bundle.dicom_volume import load_series
 from bundle.networks import PixelShuffleResidualNet
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 MODEL = "super_resolution"
@@ -251,8 +254,35 @@ class TestInference:
     def test_nothing_is_left_behind(self, server):
         server.volume("sagittal")
         server.infer("constant")
-        assert not list((server.folder / "tmp").glob("*.nii.gz"))
+        for _ in range(50):  # the server removes a file after it has sent it
+            if not (left := list((server.folder / "tmp").glob("*.nii.gz"))):
+                break
+            time.sleep(0.1)
+        assert not left
         assert not (server.folder / "output").exists()
+
+
+def test_the_answer_passes_the_warnings_on(server):
+    response = requests.post(
+        f"{server.url}/infer/{MODEL}", params={"image": "sagittal", "output": "json"}, data={"params": "{}"}, timeout=120
+    )
+    assert response.status_code == 200, response.text
+    assert "warnings" in response.json()
+
+
+@pytest.mark.parametrize(
+    ("network", "menu"),
+    [(None, ["2"]), ("fast", ["2"]), ("any_factor", ["2", "1.5", "2.5", "3", "4"]), ("isotropic", None), ("bicubic", ["2"])],
+)
+def test_the_menu_offers_what_the_weights_are_made_for(network, menu, tmp_path):
+    app = runpy.run_path(str(ROOT / "scripts" / "label_app" / "main.py"))
+    overlays = [
+        path for path in (ROOT / "configs" / f"{network}.json", ROOT / "configs" / "networks" / f"{network}.json") if path.is_file()
+    ]
+    task = app["SuperResolution"](overlays, tmp_path / "fine_tuned.pt")
+    assert task.is_valid()
+    assert task.config().get("scale") == menu
+    assert ("scale" in task.options_of({})) == (menu is not None)
 
 
 def test_viewers_see_a_model_that_is_no_segmentation(server):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bundle.networks import MultiScaleResidualNet
+from bundle.networks import MultiScaleResidualNet, PixelShuffleResidualNet
 from bundle.networks.multi_scale_residual import MultiScaleResidualModule
 
 
@@ -180,3 +180,10 @@ def test_weights_survive_a_file(tmp_path):
 def test_bad_argument_is_named(arguments, value):
     with pytest.raises(ValueError, match=rf"positive.*(?<![\d-]){value}\b"):
         MultiScaleResidualNet(**arguments)
+
+
+@pytest.mark.parametrize(("phases", "given"), [(False, 7), (True, 1)])
+def test_a_wrong_number_of_channels_is_refused(phases, given):
+    network = PixelShuffleResidualNet(features=4, num_blocks=1, phases=phases)
+    with pytest.raises(ValueError, match=f"{7 if phases else 1} channels expected, got {given}"):
+        network(torch.zeros(1, given, 8, 8))

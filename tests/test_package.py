@@ -7,10 +7,13 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 NAME = "brain_mri_super_resolution"
@@ -56,7 +59,7 @@ def test_the_zip_holds_the_folder(packaged, tmp_path):
 
 def test_the_entry_holds_what_the_zoo_wants_and_nothing_else(packaged):
     files = files_below(packaged[0] / NAME)
-    assert {name.split("/")[0] for name in files} == {"LICENSE", "bundle", "configs", "docs", "models"}
+    assert {name.split("/")[0] for name in files} == {"LICENSE", "README.md", "bundle", "configs", "docs", "models"}
     assert {"configs/metadata.json", "configs/train.json", "docs/README.md", "docs/data_license.txt", "models/model.pt"} <= files.keys()
     assert {name for name in files if name.endswith(".pt")} == {str(p.relative_to(ROOT)) for p in (ROOT / "models").rglob("*.pt")}
     assert not [name for name in files if re.search(r"__pycache__|\.pyc$|test_|/\.|\.onnx$|\.ts$", name)]
@@ -102,3 +105,21 @@ def test_the_script_refuses(damage, message, copy, tmp_path, monkeypatch):
         runpy.run_path(str(copy / "scripts" / "package.py"), run_name="__main__")
     assert re.match(message, str(exit.value))
     assert not (tmp_path / "dist").exists()
+
+
+def test_an_installation_that_is_not_editable_takes_configs_and_weights_along():
+    files = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    copied = {path for patterns in files.values() for pattern in patterns for path in ROOT.glob(pattern)}
+    needed = {path for name in ("configs", "models") for path in (ROOT / name).rglob("*.*") if path.suffix in (".json", ".conf", ".pt")}
+    assert needed <= copied
+    for folder, patterns in files.items():
+        below = Path(folder).relative_to("share/brain_mri_super_resolution")
+        assert {path.parent for pattern in patterns for path in ROOT.glob(pattern)} == {ROOT / below}
+
+
+def test_the_readme_for_the_hub_has_front_matter_and_links_that_exist():
+    readme = runpy.run_path(str(ROOT / "scripts" / "package.py"))["hub_readme"]()
+    _, front, body = readme.split("---\n", 2)
+    assert "license: apache-2.0\n" in front and "library_name: monai\n" in front
+    links = {link.split("#")[0] for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", body)}
+    assert links and not [link for link in links if not (ROOT / link).exists()]

@@ -19,7 +19,7 @@ import toy_dicom
 from PIL import Image
 
 from bundle.errors import reason
-from bundle.files import result_path
+from bundle.results import Results
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "reliability.md"
@@ -64,7 +64,7 @@ def tried(tmp_path_factory):
 
 
 def result(folder, volume):
-    return result_path(str(volume), folder / "out", str(folder / "in"), "_sr.nii.gz")
+    return Results(folder / "out", folder / "in", []).path(volume, "_sr.nii.gz")
 
 
 @pytest.mark.parametrize("what", BAD_VOLUMES)

@@ -169,7 +169,6 @@ def test_names_stay_text(folder):
 
 
 def test_missing_ranges_are_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monai.bundle.run(
         config_file=str(ROOT / "configs" / "inference.json"),
         dataset_dir=str(toy.write_nifti(tmp_path / "flat.nii.gz", -1 - toy.head((20, 18, 3)))),  # no foreground either

@@ -19,6 +19,8 @@ from scipy import stats
 
 from bundle.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
@@ -41,7 +43,6 @@ def benchmark(monkeypatch, tmp_path, capsys):
     """``benchmark(*arguments)``: what ``benchmark.py`` prints, in lines, and its JSON file, with a tiny network in place of the default."""
     overlay = tmp_path / "overlay.json"
     overlay.write_text(json.dumps({"network_def": {"_target_": "bundle.networks.MultiScaleResidualNet", **toy.TINY}}))
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
     def measure(*arguments: str) -> tuple[list[str], dict]:
         run(monkeypatch, "benchmark.py", "--repeats", "1", "--json", str(tmp_path / "b.json"), "--overlay", str(overlay), *arguments)
@@ -108,6 +109,14 @@ def test_benchmark_refines_a_volume_from_file_to_file(benchmark, tmp_path):
     found = known["whole"]["scan.nii.gz"]["rows"]
     assert [row[:2] for row in rows(lines)[1:]] == [["scan.nii.gz", "bicubic"]]
     assert found["bicubic"][0] > 0.5 and 0.1 < found["bicubic"][1] < 2
+
+
+def test_benchmark_keeps_the_rows_of_networks_that_it_did_not_measure(benchmark, tmp_path):
+    scan = toy.write_nifti(tmp_path / "scan.nii.gz", toy.head((30, 32, 20)), np.diag([1.1, 1, 1.5, 1]))
+    arguments = ("--whole", str(scan), "--side", "24", "--networks")
+    benchmark(*arguments, "fast")
+    _, known = benchmark(*arguments, "bicubic")
+    assert set(known["whole"]["scan.nii.gz"]["rows"]) == {"fast", "bicubic"}
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import ast
 import hashlib
 import os
 import pickle
-import sys
 from pathlib import Path
 
 import monai.bundle
@@ -41,7 +40,6 @@ def test_the_trap_works(trap):
 
 @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))], ids=["torch", "pickle"])
 def test_malicious_weights_are_refused_by_name(write, trap, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # restored afterwards
     volume = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
     write({"extract.0.weight": Malicious(trap)}, tmp_path / "evil.pt")
     with pytest.raises(RuntimeError) as error:
@@ -61,7 +59,6 @@ def test_malicious_weights_are_refused_by_name(write, trap, tmp_path, monkeypatc
 
 
 def test_malicious_checkpoint_is_refused_by_name(trap, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     toy.write_subjects(tmp_path / "data", 3)
     (tmp_path / "models").mkdir()
     torch.save({"network": Malicious(trap)}, tmp_path / "models" / "last.pt")

@@ -6,13 +6,14 @@ import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import MetaTensor
-from monai.transforms import Orientation
+from monai.transforms import Compose, Orientation
 from nibabel.processing import resample_from_to
 from PIL import Image
 
 from bundle.degradation import degrade
 from bundle.errors import InputError
-from bundle.transforms import AxialSlicesd, CropInPlaned, Degraded, LoadVolumed, ScaleIntensityByPercentiled, UpsampleInPlaned
+from bundle.grid import InPlaneFactorsd, Upsampled
+from bundle.transforms import AxialSlicesd, CropInPlaned, Degraded, LoadVolumed, ScaleIntensityByPercentiled
 
 
 def volume(array, to_world=None, name="sub-07.nii.gz"):
@@ -53,11 +54,15 @@ def pair(factor):
     return np.broadcast_to(np.array(factor, dtype=float), 2)
 
 
+def upsample_in_plane(key, factor=2, spacing=None):
+    return Compose([InPlaneFactorsd(key, factor, spacing), Upsampled(key)])
+
+
 class TestUpsampleInPlane:
     @given(to_world=affines(), shape=sizes, factor=factors)
     @settings(max_examples=40, deadline=None)
     def test_refined_voxels_lie_where_they_should(self, to_world, shape, factor):
-        refined = apply(UpsampleInPlaned("image", factor), np.ones(shape), to_world)
+        refined = apply(upsample_in_plane("image", factor), np.ones(shape), to_world)
         assert refined.shape == (1, *(int(f * n) for f, n in zip(pair(factor), shape)), shape[2])
         index = all_indices(refined.shape[1:])
         given_index = index.astype(float)
@@ -67,7 +72,7 @@ class TestUpsampleInPlane:
     @given(to_world=affines(), shape=sizes, factor=st.sampled_from([2, 3, 4]))
     @settings(max_examples=20, deadline=None)
     def test_corners_of_the_field_of_view_stay(self, to_world, shape, factor):
-        refined = apply(UpsampleInPlaned("image", factor), np.ones(shape), to_world)
+        refined = apply(upsample_in_plane("image", factor), np.ones(shape), to_world)
         corners = all_indices((2, 2, 2))
         before = world(to_world, corners * np.array(shape) - 0.5)
         after = world(refined.affine, corners * np.array(refined.shape[1:]) - 0.5)
@@ -79,7 +84,7 @@ class TestUpsampleInPlane:
         def intensity(points):
             return points @ [0.7, -0.4, 0.9] + 5
 
-        refined = apply(UpsampleInPlaned("image", factor), intensity(world(to_world, all_indices(shape))), to_world)
+        refined = apply(upsample_in_plane("image", factor), intensity(world(to_world, all_indices(shape))), to_world)
         expected = intensity(world(refined.affine, all_indices(refined.shape[1:])))
         inner = tuple(slice(border, -border) for border in np.ceil(2 * pair(factor) + 1).astype(int))
         np.testing.assert_allclose(refined.numpy()[0][inner], expected[inner], atol=2e-3)
@@ -89,14 +94,14 @@ class TestUpsampleInPlane:
         path = toy.write_nifti(tmp_path / "a.nii.gz", to_world=toy.affine(degrees=(14, -9, 25)))
         loaded = LoadVolumed("image")({"image": str(path)})
         assert {"spatial_shape", "original_affine"} <= loaded["image"].meta.keys()
-        assert not {"spatial_shape", "original_affine"} & UpsampleInPlaned("image")(loaded)["image"].meta.keys()
+        assert not {"spatial_shape", "original_affine"} & upsample_in_plane("image")(loaded)["image"].meta.keys()
 
     @pytest.mark.parametrize("factor", [2, 3, 4, 1.5, 2.5])
     def test_agrees_with_nibabel_on_a_smooth_volume(self, factor):
         to_world = toy.affine((1.2, 0.8, 3), (20, 10, -15))
         x, y, z = all_indices((31, 36, 4)).transpose(3, 0, 1, 2)
         smooth = 100 + 30 * np.sin(x / 4) * np.cos(y / 5) + 5 * z
-        refined = apply(UpsampleInPlaned("image", factor), smooth, to_world)
+        refined = apply(upsample_in_plane("image", factor), smooth, to_world)
         resampled = resample_from_to(nib.Nifti1Image(smooth, to_world), (refined.shape[1:], refined.affine.numpy()), order=3)
         border = int(3 * factor + 1)
         inner = (slice(border, -border), slice(border, -border), slice(1, -1))
@@ -105,32 +110,32 @@ class TestUpsampleInPlane:
     @pytest.mark.parametrize("factor", [2, 3, 4])
     def test_slices_equal_the_bicubic_of_pillow(self, factor):
         head = toy.head((17, 22, 3))
-        refined = apply(UpsampleInPlaned("image", factor), head).numpy()[0]
+        refined = apply(upsample_in_plane("image", factor), head).numpy()[0]
         for k in range(3):
             expected = np.asarray(Image.fromarray(head[..., k]).resize((22 * factor, 17 * factor), Image.Resampling.BICUBIC))
             np.testing.assert_allclose(refined[..., k], expected, atol=0.01)
 
     def test_factor_one_changes_nothing(self):
-        refined = apply(UpsampleInPlaned("image", 1), toy.head())
+        refined = apply(upsample_in_plane("image", 1), toy.head())
         np.testing.assert_allclose(refined.numpy()[0], toy.head(), atol=1e-3)
         np.testing.assert_array_equal(refined.affine, toy.affine())
 
     def test_given_volume_is_left_alone(self):
         given_volume = volume(toy.head())
-        UpsampleInPlaned("image", 2)({"image": given_volume})
+        upsample_in_plane("image", 2)({"image": given_volume})
         assert given_volume.shape[1:] == toy.SHAPE
         np.testing.assert_array_equal(given_volume.affine, toy.affine())
 
     @pytest.mark.parametrize("factor", [0, -2, 0.5, "2", True])
     def test_impossible_factor_is_refused(self, factor):
         with pytest.raises(ValueError, match=str(factor)):
-            apply(UpsampleInPlaned("image", factor), toy.head())
+            apply(upsample_in_plane("image", factor), toy.head())
 
     @given(spacing=st.tuples(st.floats(0.5, 4), st.floats(0.5, 4)), wanted=st.floats(0.2, 0.49))
     @settings(max_examples=20, deadline=None)
     def test_voxels_have_the_size_asked_for(self, spacing, wanted):
         to_world = toy.affine((*spacing, 3), (20, 10, -15)).astype(np.float32)  # as NIfTI keeps it
-        refined = apply(UpsampleInPlaned("image", spacing=wanted), np.ones((7, 8, 2)), to_world)
+        refined = apply(upsample_in_plane("image", spacing=wanted), np.ones((7, 8, 2)), to_world)
         np.testing.assert_allclose(refined.pixdim, (wanted, wanted, 3), rtol=1e-5)
         np.testing.assert_allclose(refined.meta["factor"], np.array(spacing) / wanted, rtol=1e-5)
         np.testing.assert_allclose(
@@ -138,18 +143,18 @@ class TestUpsampleInPlane:
         )  # the corner of the field of view stays
 
     def test_axis_that_is_fine_enough_stays(self):
-        refined = apply(UpsampleInPlaned("image", spacing=(0.5, 0.5)), np.ones((7, 8, 2)), toy.affine((0.4, 1, 2)))
+        refined = apply(upsample_in_plane("image", spacing=(0.5, 0.5)), np.ones((7, 8, 2)), toy.affine((0.4, 1, 2)))
         np.testing.assert_allclose(refined.pixdim, (0.4, 0.5, 2))
         assert refined.shape == (1, 7, 16, 2)
 
     def test_volume_that_is_finer_than_asked_for_is_refused(self):
         with pytest.raises(InputError, match=r"sub-07.nii.gz: spacing 0.5 x 0.5 mm asked for, but voxels are 0.4 x 0.3 mm already"):
-            apply(UpsampleInPlaned("image", spacing=0.5), np.ones((7, 8, 2)), toy.affine((0.4, 0.3, 2)))
+            apply(InPlaneFactorsd("image", spacing=0.5), np.ones((7, 8, 2)), toy.affine((0.4, 0.3, 2)))
 
     @pytest.mark.parametrize("spacing", [0, -1, "fine", True, [1], [1, 0], [1, 1, 1], float("nan")])
     def test_impossible_spacing_is_refused(self, spacing):
         with pytest.raises(InputError, match="spacing must be a positive number in mm, or two of them, got"):
-            UpsampleInPlaned("image", spacing=spacing)
+            upsample_in_plane("image", spacing=spacing)
 
 
 class TestAxialSlices:

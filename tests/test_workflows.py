@@ -20,9 +20,9 @@ from PIL import Image
 from scipy.ndimage import zoom as scipy_zoom
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from bundle.checkpoints import Checkpoints
 from bundle.degradation import acquire_slices, degrade
 from bundle.errors import InputError, reason
-from bundle.handlers import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -139,6 +139,7 @@ def test_a_new_training_does_not_overwrite_an_old_one(data, trained):
     assert f"{trained / 'models' / 'last.pt'} is the checkpoint of an earlier run" in reason(error.value)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_by_name(data, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "last.pt").write_bytes(b"nothing of use")
@@ -170,6 +171,80 @@ def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
     with pytest.raises(InputError, match=r"a weight is not finite in epoch 2, step 7: training stopped, .*last\.pt holds the last epoch"):
         checkpoints.save(trainer)
     assert [(file, file.read_bytes()) for file in tmp_path.iterdir()] == before
+
+
+def test_a_training_is_resumed_with_its_own_settings_only(data, trained, tmp_path):
+    changed = {**SMALL, "learning_rate": 0.5, "lr_milestones": [1]}
+    with pytest.raises(RuntimeError) as error:
+        run("train", dataset_dir=str(data), output_dir=str(trained), resume=True, **changed)
+    assert reason(error.value) == (
+        f"{trained / 'models' / 'last.pt'} was made with learning_rate 0.001, now 0.5; lr_milestones [2, 3], now [1]: "
+        "resume it with its own settings, or choose another folder"
+    )
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_training_reaches_its_rate_with_and_without_warm_up(warmup, data, tmp_path):
+    options = {**SMALL, "max_epochs": 1, "val_interval": 9, "lr_milestones": [5], "warmup_iterations": warmup}
+    run("train", dataset_dir=str(data), output_dir=str(tmp_path), **options)
+    last = torch.load(tmp_path / "models" / "last.pt", weights_only=True)
+    assert max(group["lr"] for group in last["optimizer"]["param_groups"]) == pytest.approx(1e-3)
+
+
+def test_slices_without_anatomy_do_not_count(data, tmp_path):
+    """They would have an infinite PSNR, or one of 80 dB, and a JSON file has no word for the former."""
+    checkpoint = str(toy.save_checkpoint(tmp_path / "tiny.pt"))
+    padded = tmp_path / "padded"
+    for path in data.iterdir():
+        volume = nib.load(path)
+        empty = np.zeros((*volume.shape[:2], 5), np.float32)
+        toy.write_nifti(padded / path.name, np.concatenate([empty, volume.get_fdata(dtype=np.float32), empty], -1), volume.affine)
+    found = []
+    for folder in (data, padded):
+        out = tmp_path / f"of {folder.name}"
+        run("train", "evaluate", dataset_dir=str(folder), output_dir=str(out), checkpoint=checkpoint, **SMALL)
+        text = (out / "summary.json").read_text()
+        assert "NaN" not in text and "Infinity" not in text
+        found.append(json.loads(text)["overall"])
+    for metric, value in found[0].items():
+        assert found[1][metric] == pytest.approx(value, abs=1e-4), metric
+
+
+@pytest.mark.slow
+def test_more_processes_than_validation_subjects(data, tmp_path):
+    settings = {**SMALL, "dataset_dir": str(data), "split": [3, 1, 1], "max_epochs": 2}
+    run("train", output_dir=str(tmp_path / "one"), **settings)
+    run_command("train", "multi_gpu_train", launcher=two_processes(), output_dir=str(tmp_path / "two"), **settings)
+    one, two = (torch.load(tmp_path / n / "models" / "last.pt", weights_only=True) for n in ("one", "two"))
+    assert two["best"][0] == pytest.approx(one["best"][0], abs=1e-3)
+    settings["checkpoint"] = str(tmp_path / "one" / "models" / "model.pt")
+    run("train", "evaluate", output_dir=str(tmp_path / "one"), **settings)
+    run_command("train", "evaluate", "multi_gpu_evaluate", launcher=two_processes(), output_dir=str(tmp_path / "two"), **settings)
+    one, two = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "two"))
+    for metric, value in one["overall"].items():
+        assert two["overall"][metric] == pytest.approx(value, abs=1e-5), metric
+    rows = [(tmp_path / n / "metrics.csv").read_text().count("\n") for n in ("one", "two")]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_batch_normalisation_in_several_cpu_processes_is_refused_in_one_line(data, tmp_path):
+    options = {
+        "dataset_dir": str(data),
+        "output_dir": str(tmp_path),
+        "split": [2, 2, 1],
+        "network_def::features": 4,
+        "network_def::num_blocks": 1,
+    }
+    output = run_command("train", "networks/srresnet", "multi_gpu_train", launcher=two_processes(), status=1, **options)
+    assert "error: SRResNet has batch normalisation, which several processes can share on GPUs only" in output
+
+
+@pytest.mark.parametrize("files", [("networks/bicubic", "evaluate"), ("evaluate", "networks/bicubic")])
+def test_interpolation_alone_is_evaluated_wherever_its_overlay_stands(files, data, tmp_path):
+    run("train", *files, dataset_dir=str(data), output_dir=str(tmp_path), split=[2, 2, 1])
+    overall = json.loads((tmp_path / "summary.json").read_text())["overall"]
+    assert overall["psnr"] == overall["bicubic_psnr"]
 
 
 def test_resume_false_is_false(data, trained):
@@ -209,6 +284,7 @@ def test_training_killed_at_random_moments_ends_with_the_weights_of_an_uninterru
     assert sorted(path.name for path in (tmp_path / "killed" / "models").iterdir()) == ["last.pt", "model.pt"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_network_of_one(data, trained, tmp_path):
     run_command("train", "multi_gpu_train", launcher=two_processes(), dataset_dir=str(data), output_dir=str(tmp_path), **SMALL)
     a, b = (torch.load(folder / "models" / "last.pt", weights_only=True) for folder in (trained, tmp_path))
@@ -255,6 +331,7 @@ def test_evaluation_draws_a_picture(evaluated):
         assert np.asarray(picture.convert("L")).std() > 20
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(data, evaluated, tmp_path):
     # three test volumes among two processes: none may count twice
     settings = {**SMALL, "dataset_dir": str(data), "checkpoint": str(evaluated / "model.pt"), "split": [1, 1, 3]}
@@ -276,6 +353,7 @@ def test_two_processes_measure_what_one_does(data, evaluated, tmp_path):
         ("ds002748", (190, 210, 120), 30, [f"sub-{n:02d}.nii.gz" for n in range(3)]),
     ],
 )
+@pytest.mark.slow
 def test_each_protocol_reads_its_format_and_slices(protocol, shape, slices, names, tmp_path):
     for n, name in enumerate(names):
         writer = {".mha": toy.write_itk, ".img": toy.write_analyze}.get(Path(name).suffix, toy.write_nifti)
@@ -308,6 +386,7 @@ def test_a_volume_smaller_than_a_patch_is_named(tmp_path):
     assert "sub-01.nii.gz: slices of 40 x 36 pixels are smaller than a patch of 39 x 39" in reason(error.value)
 
 
+@pytest.mark.slow
 def test_training_is_tracked_by_mlflow(data, tmp_path):
     run("train", dataset_dir=str(data), output_dir=str(tmp_path), tracking="mlflow", **{**SMALL, "max_epochs": 2})
     with sqlite3.connect(tmp_path / "mlruns.db") as database:

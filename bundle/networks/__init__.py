@@ -1,9 +1,12 @@
 """Networks: each maps (N, 1, H, W), a slice interpolated to the high-resolution grid, to the same shape."""
 
+from ignite.distributed import get_world_size
 from torch import channels_last, device
-from torch.nn import Module
+from torch.nn import BatchNorm2d, Module, SyncBatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import switch
+from ..checkpoints import load_weights
+from ..errors import InputError, switch
 from ..memory import keep_freed_memory
 from .drcn import DRCN
 from .drrn import DRRN
@@ -38,15 +41,38 @@ __all__ = [
 ]
 
 
-def prepare(network: Module, device: device, fft_convolutions: bool | str = False) -> Module:
-    """``network`` on ``device``, its weights in the memory format that convolutions run faster in; with its convolutions in the frequency
-    domain if asked to (see :mod:`.fft_convolution`). On a CPU freed memory is kept for the next layer (:mod:`bundle.memory`).
+def prepare(
+    network: Module, device: device, fft_convolutions: bool | str = False, distributed: bool = False, weights: str | None = None
+) -> Module:
+    """``network`` on ``device``, its weights in the memory format that convolutions run faster in.
+
+    On a CPU freed memory is kept for the next layer (:mod:`bundle.memory`).
+
+    Args:
+        network: maps slices to slices.
+        device: where to compute.
+        fft_convolutions: whether wide convolutions run in the frequency domain (:mod:`.fft_convolution`).
+        distributed: whether several processes train the network together, each with a part of every batch.
+        weights: file of the weights to start from, loaded once, here: what later replaces them (a checkpoint, the average of federated
+            sites) stays.
 
     Raises:
-        InputError: when ``fft_convolutions`` is not a switch.
+        InputError: when ``weights`` cannot be loaded, or ``fft_convolutions`` is neither true nor false; for batch normalisation in
+            several processes on CPUs, which cannot share its statistics there.
     """
     in_frequency_domain = switch("fft_convolutions", fft_convolutions)
+    if weights is not None:
+        load_weights(network, weights)
     if device.type == "cpu":
         keep_freed_memory()
     network = network.to(device, memory_format=channels_last)  # type: ignore[call-overload]
-    return use_fft_convolutions(network) if in_frequency_domain else network
+    if in_frequency_domain:
+        network = use_fft_convolutions(network)
+    if not distributed:
+        return network
+    if any(isinstance(module, BatchNorm2d) for module in network.modules()):
+        if device.type == "cpu" and get_world_size() > 1:
+            name = type(network).__name__
+            raise InputError(f"{name} has batch normalisation, which several processes can share on GPUs only: train it with one process")
+        network = SyncBatchNorm.convert_sync_batchnorm(network) if device.type == "cuda" else network
+    return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)

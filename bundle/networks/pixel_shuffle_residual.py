@@ -32,7 +32,7 @@ class PixelShuffleResidualNet(nn.Module):
         super().__init__()
         if facts and not phases:
             raise ValueError(f"facts need phases, got facts={facts} and phases={phases}")
-        self.stride = stride
+        self.stride, self.channels = stride, 7 + facts if phases else 1
         self.shallow = _conv(stride**2, features)
         told = 6 * stride**2 if phases else 0
         self.embedding = nn.Sequential(nn.Linear(2 + facts, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU()) if facts else None
@@ -46,6 +46,8 @@ class PixelShuffleResidualNet(nn.Module):
 
         With ``phases``, (N, 7, H, W): the slice, then its phases. With ``facts``, (N, 7 + facts, H, W): these too, each constant.
         """
+        if x.shape[1] != self.channels:
+            raise ValueError(f"{self.channels} channels expected, got {x.shape[1]}")
         height, width = x.shape[-2:]
         padded = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
         shallow = deep = self.shallow(F.pixel_unshuffle(padded[:, :1], self.stride))

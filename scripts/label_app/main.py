@@ -38,7 +38,8 @@ from monailabel.utils.others.generic import device_list, device_map, file_checks
 
 from bundle.data import find_volumes
 from bundle.errors import InputError, reason
-from bundle.files import write_whole
+from bundle.files import write_atomically
+from bundle.ranges import read_ranges
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -50,18 +51,21 @@ logger = logging.getLogger(__name__)
 
 
 class SuperResolutionApp(MONAILabelApp):
-    """What the server loads; ``--conf network fast`` chooses the network of ``configs/networks/fast.json``."""
+    """What the server loads.
+
+    ``--conf network NAME`` chooses another network than the default one: a name of ``configs/networks``, such as ``fast``;
+    ``any_factor``; or ``isotropic``, for thick slices.
+    """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         network = conf.get("network")
-        known = sorted(path.stem for path in (CONFIGS / "networks").glob("*.json"))
+        known = {path.stem: path for path in sorted((CONFIGS / "networks").glob("*.json"))}
+        known |= {name: CONFIGS / f"{name}.json" for name in ("any_factor", "isotropic")}
         if network is not None and network not in known:
             raise InputError(f"network must be one of {', '.join(known)}, got {network!r}")
-        overlays = [str(CONFIGS / "networks" / f"{network}.json")] if network else []
-        parser = ConfigParser()
-        parser.read_config([str(CONFIGS / "inference.json"), *overlays])
+        overlays = [known[network]] if network else []
         self.fine_tuned = Path(app_dir) / "model" / (f"fine_tuned_{network}.pt" if network else "fine_tuned.pt")
-        self.task = SuperResolution(overlays, Path(parser.get_parsed_content("checkpoint")), self.fine_tuned)
+        self.task = SuperResolution(overlays, self.fine_tuned)
         texts = {key: METADATA[key] for key in ("name", "description", "version")}
         super().__init__(app_dir, studies, conf, **texts)
 
@@ -69,7 +73,7 @@ class SuperResolutionApp(MONAILabelApp):
         return {NAME: self.task}
 
     def init_trainers(self) -> dict[str, TrainTask]:
-        return {NAME: FineTuning(self.task, self.fine_tuned)}
+        return {NAME: FineTuning(self.task, self.fine_tuned)} if self.task.needs_weights else {}
 
     def init_strategies(self) -> dict[str, Strategy]:
         return {NAME: NextResult(self.task)}
@@ -96,20 +100,37 @@ class SuperResolution(InferTask):
 
     Args:
         overlays: configs that choose another network.
-        weights: files of weights, the last one that exists is used.
+        fine_tuned: weights that are used in place of the published ones where they exist.
     """
 
-    def __init__(self, overlays: Sequence[str], *weights: Path) -> None:
+    def __init__(self, overlays: Sequence[Path], fine_tuned: Path) -> None:
+        parser = ConfigParser()
+        parser.read_config([str(CONFIGS / "inference.json"), *map(str, overlays)])
+        self.overlays, self.fine_tuned = [str(path) for path in overlays], fine_tuned
+        self.published = Path(parser.get_parsed_content("checkpoint"))
+        self.needs_weights = bool(parser.get_parsed_content("load_weights"))
+        self.default_scale = parser.get_parsed_content("scale")  # None where the factors follow from the spacing
+        factors = read_ranges(parser.get_parsed_content("training_ranges")).get("factor_x")
         # as a segmentation, the result would be loaded as a mask, in 8 bits
-        config = {"device": device_list(), "scale": ["2", "1.5", "2.5", "3", "4"], "spacing": "", "axial_slices": ""}
+        menu = {} if self.default_scale is None else {"scale": menu_of(self.default_scale, factors)}
+        config = {"device": device_list(), **menu, "spacing": "", "axial_slices": ""}
         super().__init__(InferType.OTHERS, {}, 3, METADATA["description"], config)
-        self.overlays, self.weights = overlays, weights
 
     def is_valid(self) -> bool:
-        return self.get_path() is not None
+        return not self.needs_weights or self.get_path() is not None
 
     def get_path(self, validate: bool = True) -> str | None:
-        return next((str(path) for path in reversed(self.weights) if path.exists()), None)
+        weights = (self.fine_tuned, self.published) if self.needs_weights else ()
+        return next((str(path) for path in weights if path.exists()), None)
+
+    def options_of(self, request: dict) -> dict[str, Any]:
+        """Settings of ``configs/inference.json`` that a request may choose. Strings of a request must not get there: they can be code."""
+        options = {"spacing": numbers_of(request, "spacing", None, 0.2, 4), "axial_slices": slices_of(request)}
+        if self.default_scale is None:
+            if request.get("scale"):
+                raise InputError("scale does not apply to thick slices: spacing says how large the voxels become, in mm")
+            return options
+        return {"scale": numbers_of(request, "scale", self.default_scale, 1, 4), **options}
 
     def __call__(self, request: dict) -> tuple[str, dict]:
         """Super-resolve ``request["image"]``, a file or DICOM folder.
@@ -129,22 +150,26 @@ class SuperResolution(InferTask):
                 volumes = find_volumes(os.path.abspath(request["image"]))
                 if len(volumes) > 1:
                     raise InputError(f"{request['image']}: one volume expected, found {len(volumes)}")
-                options = options_of(request)
+                options = self.options_of(request)
+                if self.get_path() is not None:
+                    options["checkpoint"] = self.get_path()
                 run(
                     config_file=[str(CONFIGS / "inference.json"), *self.overlays],
                     meta_file=str(CONFIGS / "metadata.json"),
                     logging_file=False,  # the server's stays
                     dataset_dir=volumes[0],
                     output_dir=folder,
-                    checkpoint=self.get_path(),
                     device=device_of(request),
                     dicom=extension == ".zip",
                     **options,
                 )
                 if extension == ".zip":
                     return zipped(Path(folder), request["image"]), {"label_names": {}, **options}
+                options.pop("checkpoint", None)
                 (result,) = Path(folder).rglob("*_sr.nii.gz")
-                return converted(result, extension), {"label_names": {}, **options}
+                (report,) = Path(folder).rglob("*_sr.json")
+                warnings = json.loads(report.read_text(encoding="utf-8"))["warnings"]
+                return converted(result, extension), {"label_names": {}, **options, "warnings": warnings}
             except Exception as e:
                 raise HTTPException(422, failure_in(folder) or reason(e)) from e
 
@@ -155,7 +180,8 @@ class SuperResolution(InferTask):
             HTTPException: when the request chooses what it may not.
         """
         try:
-            return {"weights": file_checksum(self.get_path()), **options_of(request)}
+            weights = self.get_path()
+            return {"weights": file_checksum(weights) if weights else None, **self.options_of(request)}
         except InputError as e:
             raise HTTPException(422, str(e)) from e
 
@@ -166,9 +192,9 @@ class SuperResolution(InferTask):
         if old_note is None and name in datastore.list_images():
             raise HTTPException(422, f"{datastore.get_image_uri(name)} was not made by this server: it is not overwritten")
         if old_note != note:
-            file, _ = self({**request, "image": datastore.get_image_uri(scan), "result_extension": ".nii.gz"})
+            file, answer = self({**request, "image": datastore.get_image_uri(scan), "result_extension": ".nii.gz"})
             try:
-                datastore.add_image(name, file, {NAME: note})
+                datastore.add_image(name, file, {NAME: note, "warnings": answer["warnings"]})
             except OSError as e:
                 raise HTTPException(422, f"{name}: cannot be written ({e.strerror})") from e
             finally:
@@ -205,7 +231,7 @@ class NextResult(Strategy):
                 failures.append(e.detail)
                 continue
             if "strategy" not in datastore.get_image_info(result):  # the server's note on an image that was opened
-                return {"id": result}
+                return {"id": result, "warnings": datastore.get_image_info(result).get("warnings", [])}
         if failures:
             more = f"; and {len(failures) - 1} more, see the server's log" if len(failures) > 1 else ""
             raise HTTPException(422, failures[0] + more)
@@ -265,7 +291,8 @@ class FineTuning(TrainTask):
         folder = self.fine_tuned.with_name("fine_tuning")
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
         run(
-            config_file=[str(CONFIGS / "train.json"), *self.task.overlays],
+            # thick slices become isotropic by a network that is trained on slices made thick
+            config_file=[str(CONFIGS / "train.json"), *(o.replace("isotropic.json", "thick_slices.json") for o in self.task.overlays)],
             meta_file=str(CONFIGS / "metadata.json"),
             logging_file=str(CONFIGS / "logging.conf"),
             output_dir=str(folder),
@@ -276,11 +303,11 @@ class FineTuning(TrainTask):
             initial_checkpoint=self.task.get_path(),
             val_interval=1,
             device=device_of(request),
-            **{"train::handlers::5::exec_at_start": True},  # of the ValidationHandler: what is no better than the start is not kept
+            validate_at_start=True,  # what is no better than the start is not kept
         )
         better = folder / "models" / "model.pt"
         if better.exists():
-            write_whole(self.fine_tuned, lambda part: shutil.copyfile(better, part))
+            write_atomically(self.fine_tuned, lambda part: shutil.copyfile(better, part))
             logger.info("better than before on the held-out scans: inference uses %s from now on", self.fine_tuned)
         else:
             logger.info("no epoch was better than the start on the held-out scans: the weights stay as they are")
@@ -294,16 +321,19 @@ def scans(datastore: Datastore) -> list[str]:
     return sorted(images.keys() - results, key=lambda name: (-images[name].get("ts", 0), name))
 
 
-def options_of(request: dict) -> dict[str, Any]:
-    """Settings of ``configs/inference.json`` that a request may choose. Strings of a request must not get there: they can be code."""
-    scale, spacing = (numbers_of(request, *option) for option in (("scale", 2, 1, 4), ("spacing", None, 0.2, 4)))
-    axial_slices = request.get("axial_slices") or None
-    if axial_slices is not None:
-        try:
-            axial_slices = [int(n) for n in (json.loads(axial_slices) if isinstance(axial_slices, str) else axial_slices)]
-        except (TypeError, ValueError) as e:
-            raise InputError(f"axial_slices must be like [90, 97], got {axial_slices!r}") from e
-    return {"scale": scale, "spacing": spacing, "axial_slices": axial_slices}
+def menu_of(default: float, factors: Sequence[float] | None) -> list[str]:
+    """Factors that a viewer offers, the default first: those between the smallest and the largest that the weights are trained for."""
+    low, high = factors or (default, default)
+    return [f"{factor:g}" for factor in sorted({default, 1.5, 2, 2.5, 3, 4}, key=lambda f: (f != default, f)) if low <= factor <= high]
+
+
+def slices_of(request: dict) -> list[int] | None:
+    """First and last axial slice of a request, ``None`` for all."""
+    given = request.get("axial_slices") or None
+    try:
+        return given and [int(n) for n in (json.loads(given) if isinstance(given, str) else given)]
+    except (TypeError, ValueError) as e:
+        raise InputError(f"axial_slices must be like [90, 97], got {given!r}") from e
 
 
 def numbers_of(request: dict, name: str, default: float | None, low: float, high: float) -> float | list[float] | None:

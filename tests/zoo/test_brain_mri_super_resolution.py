@@ -64,7 +64,7 @@ class TestBrainMRISuperResolution(unittest.TestCase):
     def test_infer_config(self):
         scan = os.path.join(self.dataset_dir, "sub-0.nii.gz")
         # an untrained network: do not load weights
-        self.run_workflow("infer", "inference", dataset_dir=scan, **{"handlers::0::_disabled_": True}, **SMALL_NETWORK)
+        self.run_workflow("infer", "inference", dataset_dir=scan, load_weights=False, **SMALL_NETWORK)
         self.assertEqual(nib.load(os.path.join(self.output_dir, "sub-0_sr.nii.gz")).shape, (80, 72, 4))
 
 

@@ -1,152 +1,54 @@
+"""Scores of a network: reports of an evaluation, and the volumes that a process works on."""
+
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 import ignite.distributed as idist
-import monai.handlers
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.handlers import from_engine
-from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset, Sampler
 
 from .degradation import acquire_slices, interpolate_slices
-from .errors import InputError, switch
 from .figures import Panel, save_panels
-from .files import write_json, write_whole
-from .metrics import psnr, ssim, volume_psnr, volume_ssim
+from .files import write_atomically, write_json
+from .metrics import has_foreground, psnr, ssim, volume_psnr, volume_ssim
 from .transforms import name_of, slice_factor
 
-__all__ = ["CheckpointLoader", "Checkpoints", "EvaluationReport"]
+__all__ = ["EvaluationReport", "ThickSlicesReport", "VolumeSampler", "repeated"]
 
 logger = logging.getLogger(__name__)
 
 
-class CheckpointLoader(monai.handlers.CheckpointLoader):
-    """MONAI's loader of weights, which loads tensors and nothing else; what cannot be loaded is refused by name, in one line."""
+class VolumeSampler(Sampler[int]):
+    """The share of the volumes that one process of a distributed run works on: no volume counts twice.
 
-    def __call__(self, engine: Engine) -> None:
-        """Load the weights.
-
-        Raises:
-            InputError: when the file does not exist, is damaged, holds more than tensors, or belongs to another network.
-        """
-        try:
-            super().__call__(engine)
-        except Exception as e:
-            raise InputError(f"{self.load_path}: {_why_not_loaded(e)}") from e
-
-
-class Checkpoints:
-    """Save the state of training after every epoch, and the best network, so that a killed run can go on to the same result.
-
-    ``last.pt`` holds everything that training depends on; ``model.pt`` is the plain state dictionary of the network with the best key
-    metric on the validation subjects (of the last one, where none was validated). Both appear under their name only
-    when complete. A loss or a weight that is not finite ends the training before it is saved. Attach after the handlers that change
-    what is saved.
+    Where there are fewer volumes than processes, every process works on all of them: metrics need all processes, and an average over
+    equal copies stays the same.
 
     Args:
-        save_dir: folder for both files.
-        network, optimizer, lr_scheduler: what is trained.
-        evaluator: validation engine, whose best metric decides about ``model.pt``; ``None`` without validation.
-        resume: whether to go on from ``last.pt`` where there is one.
+        dataset: volumes.
     """
 
-    def __init__(
-        self, save_dir: str, network, optimizer, lr_scheduler, evaluator: SupervisedEvaluator | None = None, resume: bool | str = False
-    ):
-        self.last, self.best = Path(save_dir) / "last.pt", Path(save_dir) / "model.pt"
-        self.network = network.module if isinstance(network, DistributedDataParallel) else network
-        self.parts = {"network": self.network, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
-        self.evaluator, self.resume = evaluator, switch("resume", resume)
+    def __init__(self, dataset: Dataset) -> None:
+        rank, world_size, count = idist.get_rank(), idist.get_world_size(), len(dataset)  # type: ignore[arg-type]
+        self.indices = range(count) if count < world_size else range(rank, count, world_size)
 
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.check)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+    def __len__(self) -> int:
+        return len(self.indices)
 
-    def start(self, trainer: SupervisedTrainer) -> None:
-        """Go on from ``last.pt`` if asked to.
-
-        Raises:
-            InputError: when ``last.pt`` is damaged or belongs to another network, or a new run would overwrite it.
-        """
-        if trainer.state.iteration or not self.last.exists():  # a later run of one trainer is a round of federated learning
-            return
-        if not self.resume:
-            raise InputError(
-                f"{self.last} is the checkpoint of an earlier run: go on from it with '--resume true', or choose another folder"
-            )
-        try:
-            state = torch.load(self.last, map_location="cpu", weights_only=True)
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-        except Exception as e:
-            raise InputError(f"{self.last}: not a checkpoint of this training; {_why_not_loaded(e)}") from e
-        trainer.state.iteration, trainer.state.epoch = state["iteration"], state["epoch"]
-        torch.set_rng_state(state["random_state"])
-        if trainer.scaler is not None and state["scaler"]:
-            trainer.scaler.load_state_dict(state["scaler"])
-        if self.evaluator is not None:
-            self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = state["best"]
-        logger.info("going on from %s after epoch %d", self.last, state["epoch"])
-
-    def check(self, trainer: SupervisedTrainer) -> None:
-        """Stop at a loss that is not finite.
-
-        Raises:
-            InputError: naming the loss, the step, and the checkpoint that is still good.
-        """
-        loss = float(from_engine(["loss"], first=True)(trainer.state.output))
-        if not math.isfinite(loss):
-            raise self._diverged(f"the loss is {loss}", trainer)
-
-    def _diverged(self, what: str, trainer: SupervisedTrainer) -> InputError:
-        kept = f"{self.last} holds the last epoch before" if self.last.exists() else "no epoch was complete"
-        return InputError(
-            f"{what} in epoch {trainer.state.epoch}, step {trainer.state.iteration}: training stopped, {kept}; "
-            "a lower learning_rate, or amp off, may help"
-        )
-
-    def save(self, trainer: SupervisedTrainer) -> None:
-        """Write ``last.pt``, and ``model.pt`` where this epoch is the best one.
-
-        Raises:
-            InputError: when a weight is not finite; both files stay as they were.
-        """
-        if not all(bool(torch.isfinite(p).all()) for p in self.network.parameters()):
-            raise self._diverged("a weight is not finite", trainer)
-        if idist.get_rank() > 0:
-            return
-        best = (self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch) if self.evaluator else (-1, -1)
-        if best[1] in (trainer.state.epoch, -1):
-            write_whole(self.best, lambda part: torch.save(self.network.state_dict(), part))
-        state = {
-            **{name: part.state_dict() for name, part in self.parts.items()},
-            "iteration": trainer.state.iteration,
-            "epoch": trainer.state.epoch,
-            "random_state": torch.get_rng_state(),
-            "scaler": trainer.scaler.state_dict() if trainer.scaler is not None else None,
-            "best": best,
-        }
-        write_whole(self.last, lambda part: torch.save(state, part))
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
 
 
-def _why_not_loaded(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, UnpicklingError):
-        return "refused, it does not hold plain tensors: it is damaged, or loading it could run a program"
-    if "state_dict" in lines[0]:
-        return f"weights of another network ({' '.join(lines[1:2])[:150]})"
-    return f"damaged, or no checkpoint ({lines[0][:150]})"
+def repeated(data: Sequence[dict], thicknesses: Sequence[float] | None = None) -> list[dict]:
+    """Items as they are, or each of them once for every thickness of slices in mm, as its ``"thickness"``."""
+    return list(data) if thicknesses is None else [{**item, "thickness": t} for t in thicknesses for item in data]
 
 
 class EvaluationReport:
@@ -154,7 +56,8 @@ class EvaluationReport:
 
     Writes into ``output_dir``: ``metrics.csv`` (a line per slice), ``summary.json`` (per volume, and mean and standard deviation over
     volumes) and ``comparison.png`` (the middle slice of the first volume: truth, input, result and the errors of both). In a
-    distributed run the first process gathers what all have measured.
+    distributed run the first process gathers what all have measured. Slices without foreground do not count: their values are NaN in
+    ``metrics.csv``.
 
     Args:
         output_dir: folder of the report.
@@ -181,28 +84,26 @@ class EvaluationReport:
                 for region in (False, True):
                     for metric in (psnr, ssim):
                         name = method + metric.__name__ + ("_foreground" if region else "")
-                        columns[name] = metric(slices, truth, foreground=region).tolist()
+                        values = metric(slices, truth, foreground=region)
+                        columns[name] = values.masked_fill(~has_foreground(truth), torch.nan).tolist()
             volume = name_of(item["label"])
-            for index, values in enumerate(zip(*columns.values())):
-                self.rows.append({"volume": volume, "slice": self.first_slice + index, **dict(zip(columns, values))})
+            for index, scores in enumerate(zip(*columns.values())):
+                self.rows.append({"volume": volume, "slice": self.first_slice + index, **dict(zip(columns, scores))})
             if idist.get_rank() == 0 and engine.state.iteration == 1:
                 self._draw(truth, given, result, item["label"].pixdim)
 
     def write(self, engine: Engine) -> None:
         """Write ``metrics.csv`` and ``summary.json``, and log the result."""
-        rows = self.rows
-        if idist.get_world_size() > 1:
-            gathered: list = [None] * idist.get_world_size()
-            torch.distributed.all_gather_object(gathered, rows)
-            rows = sorted((row for part in gathered for row in part), key=lambda row: (row["volume"], row["slice"]))
+        rows = _gathered(self.rows, "volume", "slice")
         if idist.get_rank() > 0:
             return
         summary = summarise(rows)
-        write_whole(self.output_dir / "metrics.csv", lambda path: _write_csv(path, rows))
-        write_whole(self.output_dir / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=4) + "\n"))
+        write_atomically(self.output_dir / "metrics.csv", lambda path: _write_csv(path, rows))
+        write_json(self.output_dir / "summary.json", summary)
         logger.info("%d volumes, %d slices; mean (standard deviation) over volumes:", len(summary["volumes"]), len(rows))
         for name, value in summary["overall"].items():
-            logger.info("  %-26s %8.4f (%.4f)", name, value["mean"], value["std"])
+            if value["mean"] is not None:
+                logger.info("  %-26s %8.4f (%.4f)", name, value["mean"], value["std"] or 0.0)
         logger.info("report in %s", self.output_dir)
 
     def _draw(self, truth: torch.Tensor, given: torch.Tensor, result: torch.Tensor, spacing: torch.Tensor) -> None:
@@ -224,7 +125,8 @@ class ThickSlicesReport:
     interpolation across the slices.
 
     Writes into ``output_dir``: ``thick_slices.json`` (per thickness and volume, and over volumes), ``thick_slices.md`` (the table) and, of
-    the first volume, ``<thickness>mm_<plane>.png`` in three planes. After each volume, so that an interrupted run leaves what it measured.
+    the first volume, ``<thickness>mm_<plane>.png`` in three planes. A single process writes after each volume, so that an interrupted run
+    leaves what it measured; of several, the first one writes at the end.
 
     Args:
         output_dir: folder of the report.
@@ -240,6 +142,7 @@ class ThickSlicesReport:
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, lambda engine: self.rows.clear())
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.measure)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def measure(self, engine: Engine) -> None:
         """Measure the volumes of one iteration, and write what is known."""
@@ -256,10 +159,20 @@ class ThickSlicesReport:
                 row[f"{method} psnr_foreground"] = volume_psnr(result, truth, foreground=True)
                 row[f"{method} ssim"] = volume_ssim(result, truth)
             self.rows.append(row)
-            if row["volume"] == self.rows[0]["volume"]:
+            if idist.get_rank() == 0 and row["volume"] == self.rows[0]["volume"]:
                 self._draw(truth, results, row, item["label"].pixdim)
+        if idist.get_world_size() == 1:
+            self._write()
+
+    def finish(self, engine: Engine) -> None:
+        """Write what all processes have measured."""
+        self.rows = _gathered(self.rows, "thickness", "volume")
+        if idist.get_rank() == 0:
+            self._write()
+
+    def _write(self) -> None:
         write_json(self.output_dir / "thick_slices.json", {"profile": self.profile, "gap": self.gap, **self._summary()})
-        write_whole(self.output_dir / "thick_slices.md", lambda path: path.write_text(self._table(), encoding="utf-8"))
+        write_atomically(self.output_dir / "thick_slices.md", lambda path: path.write_text(self._table(), encoding="utf-8"))
 
     def _summary(self) -> dict:
         summary: dict = {}
@@ -268,8 +181,8 @@ class ThickSlicesReport:
             metrics = [key for key in rows[0] if key not in ("volume", "thickness")]
             gains = [row["network psnr"] - row["cubic B-spline psnr"] for row in rows]
             summary[f"{thickness:g} mm"] = {
-                "volumes": {row["volume"]: {m: row[m] for m in metrics} for row in rows},
-                "overall": {m: _mean_and_spread([row[m] for row in rows]) for m in metrics},
+                "volumes": {row["volume"]: {m: _finite_mean([row[m]]) for m in metrics} for row in rows},
+                "overall": {m: _mean_and_spread([_finite_mean([row[m]]) for row in rows]) for m in metrics},
                 "gain_over_cubic_b_spline_db": {**_mean_and_spread(gains), "smallest": min(gains)},
             }
         return summary
@@ -295,11 +208,31 @@ class ThickSlicesReport:
                 image = result[0].select(axis, middle)
                 title = f"{method}\n{row[f'{method} psnr']:.2f} dB / {row[f'{method} ssim']:.4f}"
                 panels.append(Panel(title, image, error=(image - shown).abs()))
-            save_panels(self.output_dir / f"{row['thickness']:g}mm_{plane}.png", panels, aspect=height / width, zoom=0.3)
+            axcodes = "RAS".replace("RAS"[axis], "")
+            path = self.output_dir / f"{row['thickness']:g}mm_{plane}.png"
+            save_panels(path, panels, aspect=height / width, zoom=0.3, axcodes=(axcodes[0], axcodes[1]))
 
 
-def _mean_and_spread(values: list[float]) -> dict[str, float]:
-    return {"mean": float(np.nanmean(values)), "std": float(np.nanstd(values, ddof=1)) if len(values) > 1 else 0.0}
+def _gathered(rows: list[dict], *keys: str) -> list[dict]:
+    """Rows of all processes, one for each combination of the values of ``keys``, in their order."""
+    if idist.get_world_size() == 1:
+        return rows
+    parts: list = [None] * idist.get_world_size()
+    torch.distributed.all_gather_object(parts, rows)
+    unique = {tuple(row[key] for key in keys): row for part in parts for row in part}
+    return [unique[key] for key in sorted(unique)]
+
+
+def _mean_and_spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    known = [value for value in values if value is not None]
+    return {"mean": _finite_mean(known), "std": float(np.std(known, ddof=1)) if len(known) > 1 else 0.0}
+
+
+def _finite_mean(values: Sequence[float]) -> float | None:
+    """Mean of the values that are not NaN; ``None`` when there is none or it is infinite, which JSON cannot hold."""
+    known = [value for value in values if not math.isnan(value)]
+    mean = sum(known) / len(known) if known else math.nan
+    return mean if math.isfinite(mean) else None
 
 
 def summarise(rows: list[dict]) -> dict:
@@ -307,12 +240,15 @@ def summarise(rows: list[dict]) -> dict:
 
     Args:
         rows: a dictionary per slice: ``"volume"``, ``"slice"`` and metrics; NaN (a slice without foreground) is left out.
+
+    Returns:
+        ``{"volumes": {name: {metric: mean}}, "overall": {metric: {"mean": …, "std": …}}}``; ``None`` stands for a mean that is not finite.
     """
     metrics = [key for key in rows[0] if key not in ("volume", "slice")]
-    volumes: dict[str, dict[str, float]] = {}
+    volumes: dict[str, dict[str, float | None]] = {}
     for volume in dict.fromkeys(row["volume"] for row in rows):
         of_volume = [row for row in rows if row["volume"] == volume]
-        volumes[volume] = {m: float(np.nanmean([row[m] for row in of_volume])) for m in metrics}
+        volumes[volume] = {m: _finite_mean([row[m] for row in of_volume]) for m in metrics}
     values = {m: [v[m] for v in volumes.values()] for m in metrics}
     overall = {m: _mean_and_spread(v) for m, v in values.items()}
     return {"volumes": volumes, "overall": overall}

@@ -1,0 +1,169 @@
+"""The voxel grid of a volume (1, X, Y, Z): which way its axes run, and how much finer it becomes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import nibabel as nib
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import InvertibleTransform, MapTransform, Orientation
+
+from .degradation import Factor, check_factor, interpolate_slices, refined_size, upsample
+from .errors import InputError
+from .transforms import name_of
+
+__all__ = ["InPlaneFactorsd", "IsotropicFactorsd", "ThickAxisLastd", "Upsampled", "oriented"]
+
+
+class InPlaneFactorsd(MapTransform):
+    """Decide how much finer each axial slice becomes, and keep it in ``meta["factor"]``: the factors along x and y.
+
+    Args:
+        keys: volumes (1, X, Y, Z).
+        factor: one number for both in-plane axes, or two: along x and along y.
+        spacing: in-plane voxel size in mm, for both axes or along x and along y; overrides ``factor``. An axis that is already finer stays
+            as it is.
+
+    Raises:
+        InputError: for an impossible ``factor`` or ``spacing``; for a volume that is already finer than ``spacing`` along both axes.
+    """
+
+    def __init__(self, keys: KeysCollection, factor: Factor = 2, spacing: Factor | None = None) -> None:
+        super().__init__(keys)
+        self.factors = check_factor(factor)
+        pair: Any = spacing if isinstance(spacing, Sequence) and not isinstance(spacing, str) else (spacing, spacing)
+        if spacing is not None and (len(pair) != 2 or not all(_is_size(s) for s in pair)):
+            raise InputError(f"spacing must be a positive number in mm, or two of them, got {spacing!r}")
+        self.spacing = None if spacing is None else tuple(pair)
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d: dict = dict(data)
+        for key in self.keys:
+            factors = self.factors if self.spacing is None else _factors_to(d[key], self.spacing)
+            d[key].meta["factor"] = list(factors)
+        return d
+
+
+class IsotropicFactorsd(MapTransform):
+    """Decide how much finer the grid becomes along each axis for cubic voxels, and keep the three factors in ``meta["factor"]``.
+
+    Args:
+        keys: volumes (1, X, Y, Z).
+        spacing: voxel size in mm; ``None`` takes the smallest of the volume. An axis that is already finer stays as it is.
+        factor: must be ``None``, because the factors follow from ``spacing``.
+
+    Raises:
+        InputError: for an impossible ``spacing``, or a ``factor``; for a volume that is already finer than ``spacing`` along all axes.
+    """
+
+    def __init__(self, keys: KeysCollection, spacing: float | None = None, factor: Any = None) -> None:
+        super().__init__(keys)
+        if factor is not None:
+            raise InputError(f"scale is {factor!r}, but isotropic voxels have the size that spacing says, in mm: use --spacing")
+        if spacing is not None and not _is_size(spacing):
+            raise InputError(f"spacing must be a positive number in mm, got {spacing!r}")
+        self.spacing = spacing
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d: dict = dict(data)
+        for key in self.keys:
+            d[key].meta["factor"] = list(_factors_to(d[key], [self.spacing or float(min(d[key].pixdim))] * 3))
+        return d
+
+
+class Upsampled(MapTransform):
+    """Interpolate a volume to a finer grid; the affine follows, so nothing moves.
+
+    It is not invertible on purpose: ``Invertd`` then restores orientation and intensity and leaves the refined grid.
+
+    Args:
+        keys: volumes (1, X, Y, Z), with the factors along x and y, or along all three axes, in ``meta["factor"]``; become
+            (1, factor X, factor Y, factor Z).
+        mode: in-plane interpolation, see :func:`bundle.degradation.upsample`.
+        input_key: where to keep the volume before interpolation; ``None`` does not keep it.
+    """
+
+    def __init__(self, keys: KeysCollection, mode: str = "bicubic", input_key: str | None = None) -> None:
+        super().__init__(keys)
+        self.mode, self.input_key = mode, input_key
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d: dict = dict(data)
+        for key in self.keys:
+            if self.input_key is not None:
+                d[self.input_key] = d[key].as_tensor()
+            d[key] = _refined(d[key], [float(f) for f in d[key].meta["factor"]], self.mode)
+        return d
+
+
+class ThickAxisLastd(MapTransform, InvertibleTransform):
+    """Turn a volume so that the axis with the largest spacing is the last one.
+
+    Sagittal slices come to (A, S, R), coronal ones to (R, S, A). Axial slices, and volumes whose slices are no thicker than their pixels,
+    come to RAS.
+
+    Args:
+        keys: volumes (1, X, Y, Z) in any orientation.
+    """
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d: dict = dict(data)
+        for key in self.keys:
+            before = nib.aff2axcodes(d[key].affine.numpy())
+            spacing = {{"L": "R", "P": "A", "I": "S"}.get(code, code): float(s) for code, s in zip(before, d[key].pixdim)}
+            thick = max("SAR", key=lambda code: round(spacing[code], 3))
+            d[key] = oriented(d[key], {"S": "RAS", "A": "RSA", "R": "ASR"}[thick])
+            self.push_transform(d, key, extra_info={"axcodes": "".join(before)})
+        return d
+
+    def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d: dict = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = oriented(d[key], self.pop_transform(d, key)["extra_info"]["axcodes"])
+        return d
+
+
+def oriented(image: MetaTensor, axcodes: str) -> MetaTensor:
+    """A volume (1, X, Y, Z) with its axes permuted and flipped to ``axcodes``, such as ``"RAS"``; it leaves no trace to invert."""
+    turn = Orientation(axcodes=axcodes, labels=None)
+    with turn.trace_transform(False):
+        return turn(image)  # type: ignore[return-value]
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _factors_to(image: MetaTensor, target: Sequence[float]) -> tuple[float, ...]:
+    """Factors that bring the voxels to the target size in mm. An axis that is already finer keeps its size; at least one must not be."""
+    sizes = [float(side) for side, _ in zip(image.pixdim, target)]
+    factors = [round(size / wanted, 6) for size, wanted in zip(sizes, target)]  # of an affine in single precision
+    if max(factors) < 1 - 1e-3:
+        wanted, present = (" x ".join(f"{side:.4g}" for side in sides) for sides in (target, sizes))
+        raise InputError(f"{name_of(image)}: spacing {wanted} mm asked for, but voxels are {present} mm already")
+    return tuple(max(f, 1.0) for f in factors)
+
+
+def _refined(image: MetaTensor, factors: Sequence[float], mode: str) -> MetaTensor:
+    """Volume on a grid finer along x and y, and z where there is a third factor, in the same place.
+
+    The centre of refined voxel i lies at the index (i + 0.5) / factor - 0.5 of the input.
+    """
+    voxels = image.as_tensor()
+    if len(factors) > 2:  # first along the thick axis
+        voxels = interpolate_slices(voxels, factors[2], refined_size(voxels.shape[-1], factors[2]))
+    voxels = upsample(voxels.movedim(-1, 0), factors[:2], mode).movedim(0, -1).contiguous()
+    step = torch.ones(4, dtype=torch.float64)
+    step[: len(factors)] /= torch.tensor(factors, dtype=torch.float64)
+    to_input = torch.diag(step)
+    to_input[:3, 3] = (step[:3] - 1) / 2
+    refined = MetaTensor(voxels, meta=image.meta, applied_operations=image.applied_operations)
+    refined.affine = image.affine.to(torch.float64) @ to_input
+    for name in ("spatial_shape", "original_affine"):  # servers would put the result back on the grid they find here
+        refined.meta.pop(name, None)
+    refined.meta["factor"] = list(factors)
+    return refined

@@ -1,0 +1,303 @@
+"""Results of a run: where they go, whether one is complete, and the transforms that write them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+from . import version
+from .degradation import acquire_slices, downsample
+from .dicom import is_dicom_volume
+from .errors import switch
+from .figures import Panel, save_panels
+from .files import RESULT_MARK, fingerprint, sha256, write_atomically, write_json
+from .grid import oriented
+from .ranges import compare, describe, read_ranges
+from .report import Row, html_report
+from .transforms import name_of
+
+__all__ = ["CompareWithTrainingd", "Consistencyd", "Results", "SaveComparisond", "SaveHtmlReportd", "SaveReportd", "SaveVolumed"]
+
+logger = logging.getLogger(__name__)
+
+DICOM_ENDING = "_sr_dicom"  # of the folder of a series
+EXTENSIONS = (".nii", ".gz", ".img", ".mha", ".mhd", ".nrrd", ".nhdr")
+
+
+class Results:
+    """The results of one run.
+
+    A result keeps the path of its volume below ``dataset_dir``, so that equal names in several folders do not collide.
+
+    Args:
+        output_dir: folder of the results.
+        dataset_dir: the file or folder that :func:`bundle.data.find_volumes` searched.
+        volumes: what it found.
+        settings: everything else that a result depends on; a result made with other settings is made again.
+        weights: file that the network is loaded from, whatever its format; ``None`` for a network without weights.
+        report: whether an HTML page belongs to a result.
+        dicom: whether a DICOM series belongs to the result of a volume that came as DICOM.
+        overwrite: whether complete results are made again.
+
+    Raises:
+        InputError: when ``weights`` cannot be read, or ``report``, ``dicom`` or ``overwrite`` is neither true nor false.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        dataset_dir: str | Path,
+        volumes: Sequence[str],
+        settings: Mapping[str, Any] | None = None,
+        weights: str | Path | None = None,
+        report: bool | str = False,
+        dicom: bool | str = False,
+        overwrite: bool | str = False,
+    ) -> None:
+        self.output_dir = Path(str(output_dir))
+        path = os.path.abspath(str(dataset_dir))
+        self.root = os.path.dirname(path) if path in {os.path.abspath(v) for v in volumes} else path
+        hashed = None if weights is None else sha256(weights)
+        # as they will be read back: JSON has no tuples, and the command line gives true and false as text
+        text = json.dumps({**(settings or {}), "weights": hashed}, default=float)
+        self.settings = {k: {"true": True, "false": False}.get(str(v).lower(), v) for k, v in json.loads(text).items()}
+        self.report, self.dicom, self.overwrite = switch("report", report), switch("dicom", dicom), switch("overwrite", overwrite)
+        with_name: dict[Path, list[str]] = {}
+        for volume in volumes:
+            with_name.setdefault(self.path(volume, ""), []).append(volume)
+        self.name_clashes = {v: same[i - 1] for same in with_name.values() if len(same) > 1 for i, v in enumerate(same)}
+        """Volumes whose results would have the same name (``t1.nii.gz`` beside a DICOM folder ``t1``), each with another of them."""
+
+    def path(self, volume: str | Path, ending: str) -> Path:
+        """Where a result goes: ``output_dir``, the volume's path below ``dataset_dir`` without its extension, ``ending``.
+
+        Example:
+            >>> results = Results("out", "/in", ["/in/site/sub-01.nii.gz"])
+            >>> str(results.path("/in/site/sub-01.nii.gz", "_sr.nii.gz"))
+            'out/site/sub-01_sr.nii.gz'
+        """
+        path = Path(os.path.abspath(volume))
+        name = path.name
+        # a DICOM folder, or a series in one, may be named after a UID, full of dots
+        is_file = path.is_file() or (path.suffix in EXTENSIONS and not path.is_dir())
+        for extension in (path.suffix if is_file else "", ".nii", ".img"):
+            name = name.removesuffix(extension)
+        return self.output_dir / path.relative_to(os.path.abspath(self.root)).parent / (name + ending)
+
+    def write(self, volume: str | Path, ending: str, write: Callable[[Path], object]) -> None:
+        """Write one file of a result by ``write(path)``; it appears only when complete."""
+        write_atomically(self.path(volume, ending), write)
+
+    def is_done(self, volume: str) -> bool:
+        """Whether the result of a volume is complete, and made from the same input with the same settings."""
+        endings = ["_sr.json", "_sr.nii.gz"] + ["_sr.html"] * self.report
+        endings += [DICOM_ENDING] * (self.dicom and is_dicom_volume(volume))
+        if self.overwrite or not all(self.path(volume, ending).exists() for ending in endings):
+            return False
+        try:
+            done = json.loads(self.path(volume, "_sr.json").read_text(encoding="utf-8"))  # written last
+            return done["settings"] == self.settings and done["input"] == fingerprint(volume)
+        except (OSError, ValueError, KeyError, TypeError):  # not a report of ours: make a new one
+            return False
+
+
+class CompareWithTrainingd(MapTransform):
+    """Warn of what about a volume is far from the training data, in the log and in the sample's ``"report"``, a dictionary.
+
+    Args:
+        keys: the volume (1, X, Y, Z) with scaled intensities, before it is refined; ``meta["factor"]`` holds the factors to come.
+        ranges: JSON file of :func:`bundle.ranges.measure`; nothing is compared where there is none.
+    """
+
+    def __init__(self, keys: KeysCollection, ranges: str | None = None) -> None:
+        super().__init__(keys)
+        self.ranges = read_ranges(ranges)
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        image = data[self.keys[0]]
+        statistics = describe(image, image.meta["factor"])
+        far = compare(statistics, self.ranges, image.meta.get("modality", ""))
+        for line in far:
+            logger.warning("%s: %s", name_of(image), line)
+        report = {
+            "warnings": [*filter(None, image.meta.get("remarks", "").split("\n")), *far],
+            "input_spacing": image.pixdim.tolist(),
+            "statistics": statistics,
+            "training_ranges": self.ranges or None,
+        }
+        return {**data, "report": report}
+
+
+class Consistencyd(MapTransform):
+    """Degrade a result again and compare it with the input: what the network added should vanish.
+
+    Adds ``"consistency"`` to the sample: PSNR in dB of the degraded result and of the degraded interpolation; the peak is 1, the
+    intensity scale.
+
+    Args:
+        keys: the interpolated input, with its ``meta["factor"]``, and the result (1, factor X, factor Y, Z).
+        input_key: the volume before interpolation, (1, X, Y, Z), intensities scaled.
+    """
+
+    def __init__(self, keys: KeysCollection, input_key: str = "before") -> None:
+        super().__init__(keys)
+        self.input_key = input_key
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        before = torch.as_tensor(data[self.input_key]).float().cpu().movedim(-1, 0)
+        factors = [float(f) for f in data[self.keys[0]].meta["factor"]]
+        values = {}
+        for name, key in zip(("interpolated", "result"), self.keys):
+            volume = data[key].as_tensor()
+            if len(factors) > 2:  # the slice profile is not known: a box without gaps
+                volume = acquire_slices(volume, factors[2], "box")
+            slices = volume.movedim(-1, 0)
+            error = sum(float((downsample(s.float().cpu(), factors[:2]) - b).square().sum()) for s, b in zip(slices, before))
+            values[name] = round(-10 * math.log10(max(error / before.numel(), 1e-20)), 2)
+        logger.info("%s: degraded again, the result agrees with the input to %.2f dB", name_of(data[self.keys[-1]]), values["result"])
+        return {**data, "consistency": values}
+
+
+class SaveVolumed(MapTransform):
+    """Write a volume as ``<name>_sr.nii.gz``: float32, with its voxels and affine unchanged.
+
+    Both sform and qform hold the affine, with the codes of the input. Where the input's two differ, each is refined on its own.
+
+    Args:
+        keys: volumes (1, X, Y, Z); the name is that of the file they were loaded from.
+        results: of the run.
+    """
+
+    def __init__(self, keys: KeysCollection, results: Results) -> None:
+        super().__init__(keys)
+        self.results = results
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> Mapping:
+        for key in self.keys:
+            image = data[key]
+            volume = nib.Nifti1Image(image.as_tensor()[0].float().cpu().numpy(), image.affine.cpu().numpy())
+            sform_code, qform_code = (int(n) for n in image.meta.get("codes", (1, 1)))
+            qform = volume.affine
+            if "qform" in image.meta:
+                to_index = np.linalg.inv(np.asarray(image.meta["sform"], dtype=np.float64))
+                qform = np.asarray(image.meta["qform"], dtype=np.float64) @ to_index @ volume.affine
+            volume.set_sform(volume.affine, code=sform_code)
+            volume.set_qform(qform, code=qform_code)
+            if not np.allclose(volume.get_qform(), qform, atol=1e-4):  # a qform cannot hold a shear
+                volume.set_qform(None, code="unknown")
+            unit = image.meta.get("unit", "mm")
+            volume.header.set_xyzt_units("mm" if unit == "unknown" else unit)
+            volume.header["descrip"] = RESULT_MARK
+            self.results.write(name_of(image), "_sr.nii.gz", volume.to_filename)
+        return data
+
+
+class SaveComparisond(MapTransform):
+    """Write ``<name>_sr.png``: the middle plane of the interpolated input beside that of the result, and an enlarged part.
+
+    Args:
+        keys: the interpolated input and the result, each (1, X, Y, Z) in [0, 1] on one grid.
+        results: of the run.
+        across: axis at right angles to the plane: 2 for axial slices, or 0 or 1.
+    """
+
+    def __init__(self, keys: KeysCollection, results: Results, across: int = 2) -> None:
+        super().__init__(keys)
+        self.results, self.across = results, across
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> Mapping:
+        before, after = (data[key] for key in self.keys)
+        middle = before.shape[1 + self.across] // 2
+        titles = ("input, interpolated", "super-resolved")
+        axcodes = nib.aff2axcodes(before.affine.cpu().numpy())
+        width, height = sorted((axis for axis in range(3) if axis != self.across), key=lambda axis: axcodes[axis] in "SI")
+        planes = (v.as_tensor()[0].movedim((width, height), (0, 1))[..., middle] for v in (before, after))
+        panels = [Panel(title, plane) for title, plane in zip(titles, planes)]
+        aspect = float(before.pixdim[height] / before.pixdim[width])
+        path = self.results.path(name_of(before), "_sr.png")
+        save_panels(path, panels, aspect=aspect, zoom=0.25, axcodes=(axcodes[width], axcodes[height]))
+        return data
+
+
+class SaveHtmlReportd(MapTransform):
+    """Write ``<name>_sr.html``, a page for people: result and interpolated input in three planes, residual, warnings, facts.
+
+    Where the run writes no pages, the page of an earlier result is removed.
+
+    Args:
+        keys: the interpolated input and the result, each (1, X, Y, Z) on one grid; the sample has ``"report"`` and ``"consistency"``.
+        results: of the run.
+        input_key: the volume before interpolation.
+    """
+
+    def __init__(self, keys: KeysCollection, results: Results, input_key: str = "before") -> None:
+        super().__init__(keys)
+        self.results, self.input_key = results, input_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping:
+        image = data[self.keys[0]]
+        volume = name_of(image)
+        if not self.results.report:
+            self.results.path(volume, "_sr.html").unlink(missing_ok=True)
+            return data
+        before, after = (oriented(data[key], "RAS") for key in self.keys)
+        report = data["report"]
+        axes = [nib.aff2axcodes(image.affine.numpy()).index(code) for code in "RAS"]
+        sides = [" x ".join(str(data[key].shape[1 + axis]) for axis in axes) for key in (self.input_key, self.keys[1])]
+        spacing = [" x ".join(f"{float(v[axis]):.4g}" for axis in axes) for v in (report["input_spacing"], image.pixdim)]
+        rows = [
+            Row("Voxels, left-right x posterior-anterior x inferior-superior", *sides),
+            Row("Spacing, mm", *spacing),
+            Row("Consistency, dB", *(f"{data['consistency'][name]:.2f}" for name in ("interpolated", "result"))),
+            *(Row("SHA-256 of the weights" if k == "weights" else k, str(v)) for k, v in self.results.settings.items() if v is not None),
+            Row("Version of the bundle", version()),
+            Row("Date", datetime.now().astimezone().isoformat(" ", "minutes")),
+        ]
+        not_compared = ["not compared with the training data: no ranges beside the weights"] * (not report["training_ranges"])
+        title = os.path.relpath(volume, self.results.root)
+        page = html_report(title, before, after, float(before.meta["unit_intensity"]), rows, [*report["warnings"], *not_compared])
+        self.results.write(volume, "_sr.html", lambda part: part.write_text(page, encoding="utf-8"))
+        return data
+
+
+class SaveReportd(MapTransform):
+    """Write ``<name>_sr.json``: warnings, consistency, the input and the settings of the run.
+
+    Write it last: it marks a result as complete (:meth:`Results.is_done`).
+
+    Args:
+        keys: the interpolated input; the sample has ``"report"`` and ``"consistency"``.
+        results: of the run.
+    """
+
+    def __init__(self, keys: KeysCollection, results: Results) -> None:
+        super().__init__(keys)
+        self.results = results
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping:
+        image = data[self.keys[0]]
+        volume = name_of(image)
+        report = {
+            "volume": volume,
+            "warnings": data["report"]["warnings"],
+            "factor": [float(f) for f in image.meta["factor"]],
+            "consistency_db": data["consistency"],
+            **{key: value for key, value in data["report"].items() if key != "warnings"},
+            "settings": self.results.settings,
+            "input": fingerprint(volume),
+        }
+        write_json(self.results.path(volume, "_sr.json"), report)
+        return data

@@ -12,7 +12,7 @@ import pydicom
 
 from .errors import InputError
 
-__all__ = ["check_slices", "find_series", "modality"]
+__all__ = ["check_slices", "find_series", "is_dicom", "modality"]
 
 TOLERANCE = 0.05  # of the slice distance: how far a slice may lie from its place on an even grid
 
@@ -37,6 +37,18 @@ def find_series(folder: str | Path) -> dict[str, list[str]]:
     names.AddSeriesRestriction("0008|0021")  # series date; as MONAI's reader does
     names.SetDirectory(str(folder))
     return {identifier: list(names.GetFileNames(identifier)) for identifier in names.GetSeriesUIDs()}
+
+
+def is_dicom(file: Path) -> bool:
+    """Whether a file is a slice, or several, in DICOM."""
+    if file.name.upper() == "DICOMDIR" or file.suffix.lower() not in ("", ".dcm", ".ima"):  # an index is no slice
+        return False
+    try:
+        with file.open("rb") as stream:
+            stream.seek(128)
+            return stream.read(4) == b"DICM"
+    except OSError:  # no permission to read it
+        return False
 
 
 def modality(file: str | Path) -> str:

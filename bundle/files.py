@@ -21,7 +21,7 @@ def results_root(dataset_dir: str | Path, volumes: Sequence[str]) -> str:
     """The part of the volumes' paths that their results do not repeat: ``dataset_dir``, or the folder of the one volume that it is.
 
     Args:
-        dataset_dir: what :func:`bundle.data.find_volumes` searched.
+        dataset_dir: what :func:`bundle.subjects.find_volumes` searched.
         volumes: what it found.
     """
     path = os.path.abspath(str(dataset_dir))

@@ -12,8 +12,9 @@ import toy
 
 from bundle.degradation import downsample, upsample
 from bundle.errors import InputError
+from bundle.loading import LoadVolumed
 from bundle.ranges import STATISTICS, compare, describe, measure, read_ranges
-from bundle.transforms import LoadVolumed, ScaleIntensityByPercentiled
+from bundle.transforms import ScaleIntensityByPercentiled
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

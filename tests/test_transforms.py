@@ -12,7 +12,8 @@ from PIL import Image
 
 from bundle.degradation import degrade
 from bundle.errors import InputError
-from bundle.transforms import AxialSlicesd, CropInPlaned, Degraded, LoadVolumed, ScaleIntensityByPercentiled, UpsampleInPlaned
+from bundle.loading import LoadVolumed
+from bundle.transforms import AxialSlicesd, CropInPlaned, Degraded, ScaleIntensityByPercentiled, UpsampleInPlaned
 
 
 def volume(array, to_world=None, name="sub-07.nii.gz"):

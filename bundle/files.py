@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from .arguments import paths
 from .errors import InputError
+from .headers import companions, file_format, strip_extension
 
 __all__ = ["fingerprint", "is_done", "namesakes", "result_path", "results_root", "sha256", "write_json", "write_whole"]
 
-EXTENSIONS = (".nii", ".gz", ".img", ".mha", ".mhd", ".nrrd", ".nhdr")
 RESULT_MARK = "super-resolved by brain_mri_super_resolution"  # in the header of every result: never an input again
 
 
-def results_root(dataset_dir: str | Path, volumes: Sequence[str]) -> str:
-    """The part of the volumes' paths that their results do not repeat: ``dataset_dir``, or the folder of the one volume that it is.
+def results_root(dataset_dir: Any, volumes: Sequence[str]) -> str:
+    """The part of the volumes' paths that their results do not repeat: ``dataset_dir``, or the folder of the one volume that it is; of
+    several paths what they share, of a pattern what stands before the first wildcard.
 
     Args:
         dataset_dir: what :func:`bundle.subjects.find_volumes` searched.
         volumes: what it found.
     """
-    path = os.path.abspath(str(dataset_dir))
-    return os.path.dirname(path) if path in (os.path.abspath(v) for v in volumes) else path
+    given, taken = paths(dataset_dir), set(map(os.path.abspath, volumes))
+    single = os.path.abspath(given[0])
+    if len(given) > 1:
+        return os.path.commonpath([os.path.dirname(p) if p in taken or not os.path.isdir(p) else p for p in map(os.path.abspath, given)])
+    if not os.path.lexists(single) and glob.has_magic(single):  # what stands before the first wildcard
+        parts = Path(single).parts
+        return str(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1])))
+    return os.path.dirname(single) if single in taken else single
 
 
 def result_path(volume: str, output_dir: str | Path, root: str, ending: str) -> Path:
@@ -38,9 +48,10 @@ def result_path(volume: str, output_dir: str | Path, root: str, ending: str) -> 
     path = Path(os.path.abspath(volume))
     name = path.name
     # a DICOM folder, and a series in one, may be named after a UID, full of dots
-    is_file = path.is_file() or (path.suffix in EXTENSIONS and not path.is_dir())
-    for extension in (path.suffix if is_file else "", ".nii", ".img"):
-        name = name.removesuffix(extension)
+    if file_format(path) and not path.is_dir():
+        name = strip_extension(name)
+    elif path.is_file():
+        name = name.removesuffix(path.suffix)
     return Path(output_dir) / path.relative_to(os.path.abspath(root)).parent / (name + ending)
 
 
@@ -53,10 +64,11 @@ def namesakes(volumes: Sequence[str], root: str) -> dict[str, str]:
 
 
 def fingerprint(volume: str) -> dict[str, int]:
-    """Files, bytes and time of the last change (ns) of a volume: a file, a DICOM folder or a series in one."""
+    """Files, bytes and time of the last change (ns) of a volume: a file and its companions, a DICOM folder or a series in one."""
     path = Path(volume)
     folder = path if path.is_dir() else path.parent
-    stats = [f.stat() for f in folder.iterdir() if f.is_file()] if path.is_dir() or not path.exists() else [path.stat()]
+    whole_folder = path.is_dir() or not path.exists()
+    stats = [f.stat() for f in (folder.iterdir() if whole_folder else (path, *companions(path))) if f.is_file()]
     return {"files": len(stats), "bytes": sum(s.st_size for s in stats), "modified": max((s.st_mtime_ns for s in stats), default=0)}
 
 

@@ -16,7 +16,18 @@ import numpy as np
 
 from .errors import InputError
 
-__all__ = ["Header", "companions", "file_format", "itk_reader", "named_as_nibabel_wants", "read_header", "sidecar", "strip_extension"]
+__all__ = [
+    "Header",
+    "companions",
+    "file_format",
+    "in_mm",
+    "itk_reader",
+    "named_as_nibabel_wants",
+    "nrrd_field",
+    "read_header",
+    "sidecar",
+    "strip_extension",
+]
 
 NIFTI = (".nii", ".nii.gz", ".img", ".img.gz", ".hdr")  # and Analyze
 FREESURFER = (".mgh", ".mgz", ".mgh.gz")

@@ -15,10 +15,11 @@ import torch
 from monai.config import KeysCollection
 from monai.data import ImageReader, ITKReader, MetaTensor
 from monai.transforms import LoadImage, MapTransform
-from pydicom.misc import is_dicom
 
-from .dicom import check_slices, find_series, modality
+from .dicom import check_slices, find_series, is_dicom, modality
 from .errors import InputError
+from .headers import file_format, in_mm, itk_reader, named_as_nibabel_wants, nrrd_field, sidecar
+from .recognition import values_look_like
 
 __all__ = ["LoadVolumed"]
 
@@ -28,12 +29,13 @@ logger = logging.getLogger(__name__)
 class LoadVolumed(MapTransform):
     """Load a volume with :class:`monai.transforms.LoadImage` and refuse, by name, whatever is not one.
 
-    Of a NIfTI file the sform holds where it has one, else the qform, as the format wants it. What is odd about a volume without being
-    wrong is told in the log and in ``meta["remarks"]``, a line each.
+    NIfTI: the sform is used if it is set, otherwise the qform. Lengths become mm, complex values become their magnitude, NaN outside the
+    head becomes 0. Guesses and repairs are told in the log and in ``meta["remarks"]``, a line each. ``meta["intensity_range"]`` holds the
+    smallest and largest value. ``meta["modality"]`` and ``meta["slice_thickness"]`` (mm) are there if the file or its sidecar says so.
 
     Args:
-        keys: file names (NIfTI, Analyze, MetaImage, NRRD), DICOM folders or series (see :func:`bundle.subjects.find_volumes`).
-        reader: MONAI reader, by name; ``None`` takes nibabel for NIfTI and Analyze, ITK for the rest.
+        keys: file names (NIfTI, Analyze, FreeSurfer, MetaImage, NRRD), DICOM folders or series (see :func:`bundle.subjects.find_volumes`).
+        reader: MONAI reader, by name; ``None`` takes nibabel for NIfTI, Analyze and FreeSurfer, ITK for the rest.
 
     Raises:
         InputError: naming the file and the reason, for a file that cannot be read or holds no single-channel volume with
@@ -56,15 +58,9 @@ class LoadVolumed(MapTransform):
             raise InputError(f"{path}: no such file or folder")
         try:
             if source.is_file():
-                _check_bytes(source)
-            header: Any = nib.load(path) if _is_nifti(source) and source.is_file() else None
-            if header is not None and header.get_data_dtype().names:
-                raise InputError(f"{path}: one grey-scale volume expected, got colours")
-            if source.is_file() and is_dicom(source):
-                check_slices(path, [path])  # it may hold all slices as its frames
-            image = self.loader(path, reader=self._reader(source)) if source.is_file() else self._load_series(source)
-            if isinstance(header, nib.Nifti1Pair):
-                remarks = _follow_header(image, header)
+                image, remarks = self._load_file(source)
+            else:
+                image = self._load_series(source)
         except InputError:
             raise
         except Exception as e:  # a reader can fail in any way on a damaged file
@@ -72,23 +68,58 @@ class LoadVolumed(MapTransform):
         sides = " x ".join(str(n) for n in image.shape[1:])
         if image.ndim != 4 or image.shape[0] != 1:
             raise InputError(f"{path}: one grey-scale volume expected, got {image.shape[0]} channel(s) of {sides} voxels")
-        if not torch.isfinite(image).all():
-            raise InputError(f"{path}: {int((~torch.isfinite(image)).sum())} voxels are not finite (NaN, or too large for float32)")
+        image, remark = _without_nan(image, path)
+        remarks.append(remark)
         if image.min() == image.max():
             raise InputError(f"{path}: every voxel has the value {float(image.min()):g}")
         affine = image.affine[:3, :3]
         if not torch.isfinite(image.affine).all() or float(torch.linalg.det(affine).abs()) < 1e-9:
             raise InputError(f"{path}: the affine is singular: {affine.tolist()}")
+        kind = values_look_like(image[0].numpy()[..., max(image.shape[3] // 2 - 1, 0) :][..., :3], path)
+        remarks.append(f"looks like {kind}, not like a scan: the result may mean nothing" if kind else "")
+        if source.is_file():
+            remarks.append(_follow_sidecar(image, sidecar(source)))
         image.meta["filename_or_obj"] = str(path)  # of a DICOM folder, readers keep one file or a list
-        image.meta["remarks"] = "\n".join(remarks)
-        for remark in remarks:
+        image.meta["intensity_range"] = [float(image.min()), float(image.max())]
+        image.meta["remarks"] = "\n".join(filter(None, remarks))
+        for remark in filter(None, remarks):
             logger.warning("%s: %s", path, remark)
         return image
 
+    def _load_file(self, source: Path) -> tuple[MetaTensor, list[str]]:
+        """Volume of a file, its affine in mm, and remarks."""
+        _check_bytes(source)
+        kind = file_format(source)
+        if not kind and is_dicom(source):
+            check_slices(str(source), [str(source)])  # it may hold all slices as its frames
+        if kind not in ("nifti", "freesurfer"):
+            image = self.loader(str(source), reader=self._reader(source))
+            return image, _follow_nrrd(image, source) if kind == "nrrd" else []
+        with named_as_nibabel_wants(source) as name:
+            header: Any = nib.load(name)
+            if header.get_data_dtype().names:
+                raise InputError(f"{source}: one grey-scale volume expected, got colours")
+            is_complex = header.get_data_dtype().kind == "c"
+            loader = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.complex64) if is_complex else self.loader
+            image = loader(name, reader=self._reader(source))
+        remarks = []
+        if is_complex:
+            image = MetaTensor(image.as_tensor().abs(), meta=image.meta)
+            remarks.append("complex values: the magnitude is used")
+        if isinstance(header, nib.Nifti1Pair):
+            remarks += _follow_header(image, header)
+        elif isinstance(header, nib.MGHImage):
+            if not int(header.header["goodRASFlag"]):
+                remarks.append("the header says nothing about orientation (goodRASFlag is 0): left and right are a guess")
+        else:
+            remarks.append("Analyze says nothing about orientation: left and right are a guess")
+        return image, remarks
+
     def _reader(self, source: Path) -> ImageReader:
         # one reader and no other: MONAI would try all it knows in turn, among them numpy's, which runs what a pickle tells it to
-        name = self.reader or ("NibabelReader" if _is_nifti(source) else "ITKReader")
-        return getattr(monai.data, name)()
+        kind = file_format(source)
+        name = self.reader or ("NibabelReader" if kind in ("nifti", "freesurfer") else "ITKReader")
+        return ITKReader(imageio=itk_reader(source)) if name == "ITKReader" and itk_reader(source) else getattr(monai.data, name)()
 
     def _load_series(self, source: Path) -> MetaTensor:
         folder = source if source.is_dir() else source.parent
@@ -104,10 +135,6 @@ class LoadVolumed(MapTransform):
         image = self.loader(str(folder), reader=reader)
         image.meta["modality"] = modality(files[0])
         return image
-
-
-def _is_nifti(source: Path) -> bool:
-    return source.name.lower().endswith((".nii", ".nii.gz", ".img", ".img.gz", ".hdr"))
 
 
 def _check_bytes(source: Path) -> None:
@@ -131,13 +158,15 @@ def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
 
     MONAI's reader prefers the qform to the sform where only the former agrees with pixdim; the format knows no such rule.
     """
-    remarks = []
-    affine = header.affine
+    unit = header.header.get_xyzt_units()[0]
+    affine, remark = in_mm(header.affine, unit)
+    remarks = [remark]
     image.affine = torch.as_tensor(affine)
     image.meta["original_affine"] = torch.as_tensor(affine)
     sform_code = int(header.header["sform_code"])
     qform = header.get_qform(coded=True)[0] if not sform_code or int(header.header["qform_code"]) else None
     qform_code = int(header.header["qform_code"])
+    qform = None if qform is None else in_mm(qform, unit)[0]
     if not sform_code and not qform_code:
         remarks.append("the header says nothing about orientation (sform and qform unknown): left and right are a guess")
     if sform_code and qform is not None:
@@ -146,11 +175,60 @@ def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
         if apart > 0.1:
             remarks.append(f"sform and qform differ by up to {apart:.3g} mm: the sform is used, and both are kept")
             image.meta["sform"], image.meta["qform"] = torch.as_tensor(affine), torch.as_tensor(qform)
-    spacing, zooms = nib.affines.voxel_sizes(affine)[: image.ndim - 1], np.asarray(header.header.get_zooms()[:3])
+    spacing, zooms = nib.affines.voxel_sizes(affine)[: image.ndim - 1], np.asarray(header.header.get_zooms()[:3], dtype=np.float64)
+    zooms = in_mm(np.diag([*zooms, 1.0]), unit)[0].diagonal()[:3] if len(zooms) == 3 else zooms
     if len(zooms) == len(spacing) and not np.allclose(spacing, zooms, rtol=1e-2):
         told = [" x ".join(f"{v:.4g}" for v in values) for values in (zooms, spacing)]
         remarks.append(f"pixdim says {told[0]} mm, the affine {told[1]} mm: the affine is used")
     aligned = 2  # NIfTI's code for coordinates that agree with another file's
     image.meta["codes"] = [sform_code or qform_code or aligned, qform_code or sform_code or aligned]
-    image.meta["unit"] = header.header.get_xyzt_units()[0]
+    image.meta["unit"] = "mm"
     return remarks
+
+
+def _follow_nrrd(image: MetaTensor, source: Path) -> list[str]:
+    """Bring the affine of a NRRD file to mm; returns remarks."""
+    remarks = []
+    if not nrrd_field(source, "space"):
+        remarks.append("the header names no space: left and right are a guess")
+    units = nrrd_field(source, "space units").split()
+    if units:
+        affine, remark = in_mm(np.asarray(image.affine, dtype=np.float64), units[0])
+        image.affine = torch.as_tensor(affine)
+        image.meta["original_affine"] = torch.as_tensor(affine)
+        remarks.append(remark)
+    return remarks
+
+
+def _follow_sidecar(image: MetaTensor, facts: Mapping[str, Any]) -> str:
+    """Keep what a BIDS sidecar says: ``meta["modality"]``, ``meta["slice_thickness"]`` in mm; returns a remark where it contradicts."""
+    if isinstance(facts.get("Modality"), str):
+        image.meta["modality"] = facts["Modality"]
+    numbers = {key: facts.get(key) for key in ("SliceThickness", "SpacingBetweenSlices")}
+    known = {key: float(value) for key, value in numbers.items() if type(value) in (int, float) and 0 < value < 1000}
+    if "SliceThickness" in known:
+        image.meta["slice_thickness"] = known["SliceThickness"]
+    distance = known.get("SpacingBetweenSlices")
+    sides = [float(s) for s in image.pixdim]
+    if distance and not np.isclose(sides, distance, rtol=0.02).any():
+        told = " x ".join(f"{s:.4g}" for s in sides)
+        return f"the sidecar says that slices are {distance:g} mm apart, the header that voxels are {told} mm: the header is used"
+    return ""
+
+
+def _without_nan(image: MetaTensor, path: str) -> tuple[MetaTensor, str]:
+    """Replace NaN by 0 where the file marks its background with it: where NaN reaches the border of the volume. Returns a remark.
+
+    Raises:
+        InputError: for other values that are not finite.
+    """
+    voxels = image.as_tensor()
+    unusable, nan = ~torch.isfinite(voxels), torch.isnan(voxels)
+    border = any(bool(nan.select(axis, end).any()) for axis in (1, 2, 3) for end in (0, -1))
+    count = int(unusable.sum())
+    if not count:
+        return image, ""
+    if not border or bool((unusable & ~nan).any()) or count == voxels.numel():
+        raise InputError(f"{path}: {count} voxels are not finite (NaN, or too large for float32)")
+    remark = f"{count} voxels ({count / voxels.numel():.1%}) are NaN: taken for background, 0"
+    return MetaTensor(torch.where(nan, 0, voxels), meta=image.meta), remark

@@ -16,7 +16,8 @@ __all__ = ["looks_like", "values_look_like"]
 
 # BIDS suffixes, and entities for parts of complex data
 NAMES = {
-    "bold": "a BOLD series", "cbv": "a BOLD series", "sbref": "a reference image of a series", "dwi": "a diffusion series", "asl": "an ASL series",
+    "bold": "a BOLD series", "cbv": "a BOLD series", "sbref": "a reference image of a series",
+    "dwi": "a diffusion series", "asl": "an ASL series",
     "phase": "a phase map", "phase1": "a phase map", "phase2": "a phase map", "phasediff": "a phase map", "fieldmap": "a field map",
     "probseg": "a probability map", "part-phase": "a phase map", "part-real": "the real part of complex data",
     "part-imag": "the imaginary part of complex data",
@@ -26,7 +27,8 @@ FEW_VALUES = 64
 
 
 def looks_like(path: str | Path) -> str:
-    """What a volume's file seems to hold instead of a scan, ``"a label map (4 whole values)"``; empty for a scan and for what cannot be read.
+    """What a volume's file seems to hold instead of a scan, ``"a label map (4 whole values)"``; empty for a scan, and for what
+    cannot be read.
 
     Only the middle of the volume is read.
     """

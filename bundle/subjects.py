@@ -27,7 +27,24 @@ logger = logging.getLogger(__name__)
 
 SUBJECT = r"(?:^|[/\\_])(sub-[0-9A-Za-z]+)"  # BIDS
 # what people keep scans in and we do not read
-OTHER_IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".zip", ".tar", ".tgz", ".7z", ".rar", ".mnc", ".par", ".rec", ".bz2")
+OTHER_IMAGES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".tif",
+    ".tiff",
+    ".bmp",
+    ".gif",
+    ".zip",
+    ".tar",
+    ".tgz",
+    ".7z",
+    ".rar",
+    ".mnc",
+    ".par",
+    ".rec",
+    ".bz2",
+)
 
 
 def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> list[str]:

@@ -45,7 +45,6 @@ __all__ = [
     "SaveHtmlReportd",
     "SaveReportd",
     "SaveVolumed",
-    "ScaleIntensityByPercentiled",
     "ThickAxisLastd",
     "ThickSlicesd",
     "UpsampleInPlaned",
@@ -53,45 +52,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-
-class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):
-    """Divide by a high percentile of the non-zero magnitudes, so that one outlier voxel does not set the scale.
-
-    Args:
-        keys: volumes (1, X, Y, Z).
-        percentile: in percent.
-        clip: whether to clip to [0, 1] (training and evaluation); clipping is not undone by the inverse.
-
-    Raises:
-        ValueError: for a percentile outside (0, 100].
-    """
-
-    def __init__(self, keys: KeysCollection, percentile: float = 99.9, clip: bool = False) -> None:
-        super().__init__(keys)
-        if not 0 < percentile <= 100:
-            raise ValueError(f"percentile must be in (0, 100], got {percentile}")
-        self.percentile, self.clip = percentile, clip
-
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
-        d: dict = dict(data)
-        for key in self.keys:
-            magnitudes = d[key].as_tensor().abs().numpy()
-            # torch.quantile refuses more than 16 million elements
-            scale = float(np.percentile(magnitudes[magnitudes > 0], self.percentile))
-            d[key] = d[key] / scale
-            d[key].meta["unit_intensity"] = scale
-            if self.clip:
-                d[key] = d[key].clamp(0, 1)
-            self.push_transform(d, key, extra_info={"scale": scale})
-        return d
-
-    def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            scale = self.pop_transform(d, key)["extra_info"]["scale"]
-            d[key] = d[key] * scale
-        return d
 
 
 class AxialSlicesd(MapTransform):

@@ -12,9 +12,9 @@ import toy
 
 from bundle.degradation import downsample, upsample
 from bundle.errors import InputError
+from bundle.intensity import ScaleIntensityByPercentiled
 from bundle.loading import LoadVolumed
 from bundle.ranges import STATISTICS, compare, describe, measure, read_ranges
-from bundle.transforms import ScaleIntensityByPercentiled
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -12,8 +12,9 @@ from PIL import Image
 
 from bundle.degradation import degrade
 from bundle.errors import InputError
+from bundle.intensity import ScaleIntensityByPercentiled
 from bundle.loading import LoadVolumed
-from bundle.transforms import AxialSlicesd, CropInPlaned, Degraded, ScaleIntensityByPercentiled, UpsampleInPlaned
+from bundle.transforms import AxialSlicesd, CropInPlaned, Degraded, UpsampleInPlaned
 
 
 def volume(array, to_world=None, name="sub-07.nii.gz"):

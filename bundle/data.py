@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler
 
 from .degradation import PROFILES, check_factor, degrade, degrade_slices, phases
-from .errors import InputError, reason, switch
+from .errors import InputError, passed_over, reason, switch
 from .files import is_done, namesakes
 from .transforms import name_of
 
@@ -52,7 +52,8 @@ class InferenceDataset(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict:
-        """The transformed item, ``{"image": file name, "error": one line}``, or ``{"image": file name, "done": True}``."""
+        """The transformed item, ``{"image": file name, "error": one line}``, the same with ``"passed_over"``, or
+        ``{"image": file name, "done": True}``."""
         item = self.data[index]
         volume = item["image"]
         try:
@@ -62,6 +63,8 @@ class InferenceDataset(Dataset):
                 return {**item, "done": True}
             return self.transform(item)
         except Exception as e:  # a damaged file can fail anywhere in a reader
+            if passed_over(e):
+                return {**item, "passed_over": reason(e)}
             return {**item, "error": reason(e)}
 
     def _is_done(self, volume: str) -> bool:

@@ -70,6 +70,8 @@ class LoadVolumed(MapTransform):
             raise InputError(f"{path}: one grey-scale volume expected, got {image.shape[0]} channel(s) of {sides} voxels")
         image, remark = _without_nan(image, path)
         remarks.append(remark)
+        image, remark = _without_padding(image)
+        remarks.append(remark)
         if image.min() == image.max():
             raise InputError(f"{path}: every voxel has the value {float(image.min()):g}")
         affine = image.affine[:3, :3]
@@ -214,6 +216,18 @@ def _follow_sidecar(image: MetaTensor, facts: Mapping[str, Any]) -> str:
         told = " x ".join(f"{s:.4g}" for s in sides)
         return f"the sidecar says that slices are {distance:g} mm apart, the header that voxels are {told} mm: the header is used"
     return ""
+
+
+def _without_padding(image: MetaTensor) -> tuple[MetaTensor, str]:
+    """Replace one negative value that fills a part of a volume without other negative values by 0; returns a remark."""
+    voxels = image.as_tensor()
+    low = float(voxels.min())
+    filled = voxels == low
+    share = float(filled.float().mean())
+    others = voxels[~filled]
+    if low >= 0 or share < 0.01 or not len(others) or float((others < 0).float().mean()) > 0.005:
+        return image, ""
+    return MetaTensor(torch.where(filled, 0, voxels), meta=image.meta), f"{share:.1%} of the voxels are {low:g}: taken for padding, 0"
 
 
 def _without_nan(image: MetaTensor, path: str) -> tuple[MetaTensor, str]:

@@ -29,7 +29,7 @@ from .degradation import (
     refined_size,
     upsample,
 )
-from .errors import InputError, switch
+from .errors import InputError, PassedOver, switch
 from .figures import Panel, save_panels
 from .files import RESULT_MARK, fingerprint, result_path, write_json, write_whole
 from .ranges import compare, describe, read_ranges
@@ -53,6 +53,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+ISOTROPIC = 1.1  # largest side of a voxel, as a multiple of the smallest, that counts as isotropic
+THICK = (2.5, 2.0)  # slices of so many mm, and so many times the smallest side, are worth making isotropic
+
 
 class AxialSlicesd(MapTransform):
     """Keep a range of axial slices, counted from 1 at the lower (inferior) end, both ends included.
@@ -62,7 +65,8 @@ class AxialSlicesd(MapTransform):
         axial_slices: first and last slice; ``None`` keeps all.
 
     Raises:
-        InputError: when the range is not ascending from 1; when called on a volume with fewer slices.
+        InputError: when the range is not ascending from 1; when called on a volume with fewer slices, or whose last axis is not the one
+            from inferior to superior.
     """
 
     def __init__(self, keys: KeysCollection, axial_slices: Sequence[int] | None = None) -> None:
@@ -78,6 +82,8 @@ class AxialSlicesd(MapTransform):
         first, last = self.axial_slices
         for key in self.keys:
             x, y, z = d[key].shape[1:]
+            if nib.aff2axcodes(d[key].affine.numpy())[2] not in "SI":
+                raise InputError(f"{name_of(d[key])}: axial_slices {self.axial_slices} asked for, but its thick slices are not axial")
             if last > z:
                 raise InputError(f"{name_of(d[key])}: axial slices {first} to {last} asked for, but the volume has {z}")
             d[key] = _crop(d[key], (0, 0, first - 1), (x, y, last))
@@ -293,6 +299,9 @@ class IsotropicRefinement:
 
     def __call__(self, image: MetaTensor) -> tuple[float, ...]:
         wanted = self.spacing or float(min(image.pixdim))
+        if self.spacing is None and float(max(image.pixdim)) < ISOTROPIC * wanted:
+            sides = " x ".join(f"{float(side):.4g}" for side in image.pixdim)
+            raise PassedOver(f"{name_of(image)}: voxels of {sides} mm are isotropic already")
         return _factors_to(image, [wanted] * 3, f"{wanted:g}")
 
 
@@ -370,13 +379,15 @@ class CompareWithTrainingd(MapTransform):
     ) -> None:
         super().__init__(keys)
         self.refinement: Any = IsotropicRefinement(spacing, factor) if isotropic else Refinement(factor, spacing)
-        self.ranges = read_ranges(ranges)
+        self.ranges, self.isotropic = read_ranges(ranges), isotropic
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         d = dict(data)
         for key in self.keys:
             meta = d[key].meta
             statistics = describe(d[key], self.refinement(d[key]))
+            if not self.isotropic:
+                meta["remarks"] = "\n".join(filter(None, [meta.get("remarks", ""), _thick_slices(d[key])]))
             far = compare(statistics, self.ranges, meta.get("modality", ""))
             for line in far:
                 logger.warning("%s: %s", name_of(d[key]), line)
@@ -496,6 +507,18 @@ class SaveReportd(MapTransform):
 def name_of(image: MetaTensor) -> str:
     """File that a volume was loaded from."""
     return str(image.meta.get("filename_or_obj", "volume"))
+
+
+def _thick_slices(image: MetaTensor) -> str:
+    """Advice for a volume of thick slices; empty for others."""
+    sides = [float(side) for side in image.pixdim]
+    across = sides.index(max(sides))
+    if sides[across] < THICK[0] or sides[across] < THICK[1] * min(sides):
+        return ""
+    axis = ("left to right", "back to front", "bottom to top")[across]
+    line = f"voxels are {sides[across]:.4g} mm from {axis}, {min(sides):.4g} mm elsewhere: configs/isotropic.json is made for thick slices"
+    logger.warning("%s: %s", name_of(image), line)
+    return line
 
 
 def _factors_to(image: MetaTensor, wanted: Sequence[float], text: str) -> tuple[float, ...]:

@@ -147,7 +147,7 @@ def measure_inference(given: argparse.Namespace) -> dict:
         "naive": parsed("inference", given, fft_convolutions=False, skip_background=False, amp=False),
         "fast": parsed("inference", given),
     }
-    load, orient, scale = (ways["fast"].get_parsed_content(f"preprocessing::transforms::{n}") for n in range(3))
+    load, orient, scale = (ways["fast"].get_parsed_content(f"preprocessing::transforms::{n}") for n in (1, 2, 3))
     truth = scale(orient(load({"image": volumes[0]})))["image"].as_tensor()
     depth = truth.shape[-1]
     count = min(given.slices or depth, depth)

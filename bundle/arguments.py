@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .errors import InputError, report_in_one_line
+from .errors import InputError
 
 __all__ = ["as_typed", "check_output_dir", "device", "paths"]
 
@@ -62,7 +62,6 @@ def check_output_dir(value: Any) -> None:
     Raises:
         InputError: the message says what to type.
     """
-    report_in_one_line()
     typed = as_typed("output_dir")
     if typed and (not isinstance(value, (str, Path)) or typed[0] == "None"):
         raise _misread("output_dir", typed[0])

@@ -120,7 +120,8 @@ def _folders(top: Path, passed: list[str]) -> Iterator[tuple[Path, list[Path]]]:
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         real = folder.resolve()
-        if real in seen or (folder != top and top.resolve().is_relative_to(real)):  # a circle of links
+        if real in seen or (folder != top and top.resolve().is_relative_to(real)):  # a second link, or a circle
+            passed.append(f"{folder}: a link to a folder that is searched already")
             continue
         seen.add(real)
         try:

@@ -225,7 +225,7 @@ def _without_padding(image: MetaTensor) -> tuple[MetaTensor, str]:
     filled = voxels == low
     share = float(filled.float().mean())
     others = voxels[~filled]
-    if low >= 0 or share < 0.01 or not len(others) or float((others < 0).float().mean()) > 0.005:
+    if low >= 0 or share < 0.01 or not len(others) or float((others < 0).float().mean()) > 0.005 or -low < 0.1 * float(others.max()):
         return image, ""
     return MetaTensor(torch.where(filled, 0, voxels), meta=image.meta), f"{share:.1%} of the voxels are {low:g}: taken for padding, 0"
 

@@ -54,6 +54,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 ISOTROPIC = 1.1  # largest side of a voxel, as a multiple of the smallest, that counts as isotropic
+HOT = 6.0  # magnitude in the intensity scale that no ordinary voxel has
 THICK = (2.5, 2.0)  # slices of so many mm, and so many times the smallest side, are worth making isotropic
 
 
@@ -414,6 +415,9 @@ class Consistencyd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         given = torch.as_tensor(data[self.given_key]).float().cpu().movedim(-1, 0)
+        # hot spots would outweigh everything else: they do not count, nor does what interpolation makes of them around
+        ordinary = torch.nn.functional.max_pool2d(given.abs()[:, None], 11, 1, 5)[:, 0] <= HOT
+        ordinary = ordinary if ordinary.any() else torch.ones_like(ordinary)
         factors = [float(f) for f in data[self.keys[0]].meta["factor"]]
         values = {}
         for name, key in zip(("interpolated", "result"), self.keys):
@@ -421,8 +425,9 @@ class Consistencyd(MapTransform):
             if len(factors) > 2:  # the slice profile is not known: a box without gaps
                 volume = acquire_slices(volume, factors[2], "box")
             slices = volume.movedim(-1, 0)
-            error = sum(float((downsample(s.float().cpu(), factors[:2]) - g).square().sum()) for s, g in zip(slices, given))
-            values[name] = round(-10 * math.log10(max(error / given.numel(), 1e-20)), 2)
+            squares = ((downsample(s.float().cpu(), factors[:2]) - g).square() for s, g in zip(slices, given))
+            error = sum(float(s[counts].sum()) for s, counts in zip(squares, ordinary))
+            values[name] = round(-10 * math.log10(max(error / int(ordinary.sum()), 1e-20)), 2)
         logger.info("%s: degraded again, the result agrees with the input to %.2f dB", name_of(data[self.keys[-1]]), values["result"])
         return {**data, "consistency": values}
 

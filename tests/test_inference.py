@@ -41,7 +41,7 @@ def infer(checkpoints, tmp_path, monkeypatch):
 
     def run(dataset_dir, weights="random", output_dir=None, overlays=(), **overrides):
         output_dir = Path(output_dir or tmp_path / "out")
-        given = {"checkpoint": checkpoints[weights], "device": "$torch.device('cpu')", **toy.TINY_OVERRIDES, **overrides}
+        given = {"checkpoint": checkpoints[weights], "device": "cpu", "clip": False, **toy.TINY_OVERRIDES, **overrides}
         files = [CONFIG, *(str(ROOT / "configs" / f"{overlay}.json") for overlay in overlays)]
         monai.bundle.run(config_file=files, dataset_dir=str(dataset_dir), output_dir=str(output_dir), **given)
         return output_dir

@@ -260,7 +260,7 @@ class TestScaleIntensity:
     def test_inverse_restores_the_input(self, array):
         transform = ScaleIntensityByPercentiled("image")
         restored = transform.inverse(transform({"image": volume(array)}))["image"]
-        np.testing.assert_allclose(restored.numpy()[0], array, rtol=3e-7)
+        np.testing.assert_allclose(restored.numpy()[0], array, rtol=6e-7)
         assert not restored.applied_operations
 
     def test_one_outlier_does_not_set_the_scale(self):

@@ -89,7 +89,7 @@ class ClipToInputRanged(MapTransform):
         self.clip = switch("clip", clip)
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
-        d = dict(data)
+        d: dict = dict(data)
         for key in self.keys:
             bounds = d[key].meta.get("intensity_range")
             if self.clip and bounds is not None:

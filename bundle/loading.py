@@ -206,7 +206,7 @@ def _follow_sidecar(image: MetaTensor, facts: Mapping[str, Any]) -> str:
     """Keep what a BIDS sidecar says: ``meta["modality"]``, ``meta["slice_thickness"]`` in mm; returns a remark where it contradicts."""
     if isinstance(facts.get("Modality"), str):
         image.meta["modality"] = facts["Modality"]
-    numbers = {key: facts.get(key) for key in ("SliceThickness", "SpacingBetweenSlices")}
+    numbers: dict[str, Any] = {key: facts.get(key) for key in ("SliceThickness", "SpacingBetweenSlices")}
     known = {key: float(value) for key, value in numbers.items() if type(value) in (int, float) and 0 < value < 1000}
     if "SliceThickness" in known:
         image.meta["slice_thickness"] = known["SliceThickness"]

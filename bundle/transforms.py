@@ -416,7 +416,7 @@ class Consistencyd(MapTransform):
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         given = torch.as_tensor(data[self.given_key]).float().cpu().movedim(-1, 0)
         # hot spots would outweigh everything else: they do not count, nor does what interpolation makes of them around
-        ordinary = torch.nn.functional.max_pool2d(given.abs()[:, None], 11, 1, 5)[:, 0] <= HOT
+        ordinary = torch.nn.functional.max_pool2d(given.abs(), 11, 1, 5) <= HOT
         ordinary = ordinary if ordinary.any() else torch.ones_like(ordinary)
         factors = [float(f) for f in data[self.keys[0]].meta["factor"]]
         values = {}

@@ -47,7 +47,7 @@ def paths(value: Any, name: str = "dataset_dir") -> list[str]:
         return typed
     if isinstance(value, (str, Path)) and not (typed and typed[0] == "None"):
         return [str(value)]
-    if isinstance(value, Sequence) and value and all(isinstance(v, (str, Path)) for v in value):
+    if isinstance(value, Sequence) and not isinstance(value, str) and value and all(isinstance(v, (str, Path)) for v in value):
         return [str(v) for v in value]
     if typed:
         raise _misread(name, typed[0])

@@ -5,8 +5,8 @@ An acquisition is separable. Along each axis of an image x, a matrix takes high-
     y = round(| F_r (S_r x S_c^T + n) F_c^T |)
 
 with the sampling S of :class:`Sampling` (point spread, slice profile, or k-space truncation), complex Gaussian noise n (which the magnitude
-turns into Rician noise: Gudbjartsson & Patz, MRM 1995, doi 10.1002/mrm.1910340618), and the k-space filter F (coverage and apodisation). The
-geometry is that of :mod:`bundle.degradation`: high-resolution index i lies at the measured index (i + 0.5) / factor - 0.5.
+turns into Rician noise: Gudbjartsson & Patz, MRM 1995, doi 10.1002/mrm.1910340618), and the k-space filter F (coverage, apodisation).
+The geometry is that of :mod:`bundle.degradation`: high-resolution index i lies at the measured index (i + 0.5) / factor - 0.5.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from torch import Tensor
 from .degradation import PIXEL_FRACTION, downsample
 from .errors import InputError
 
-__all__ = ["PROFILES", "WINDOWS", "Acquisition", "Sampling", "acquired_fraction", "alternate_brightness", "kspace_filter", "sampling_matrix"]
+__all__ = [
+    "PROFILES",
+    "WINDOWS",
+    "Acquisition",
+    "Sampling",
+    "acquired_fraction",
+    "alternate_brightness",
+    "kspace_filter",
+    "sampling_matrix",
+]
 
 PROFILES = ("bicubic", "kspace", "gaussian", "box", "trapezoid")
 WINDOWS = ("none", "hamming", "tukey")

@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .acquisition import Acquisition, Sampling
-from .degradation import downsample, enlarge, interpolate_slices
-from .files import write_json, write_atomically
+from .degradation import enlarge, interpolate_slices
+from .files import write_atomically, write_json
 from .inferers import ForegroundInferer, OrthogonalSlices
 from .metrics import FOREGROUND, psnr
 from .transforms import name_of

@@ -72,7 +72,8 @@ def downsample(image: Tensor, factor: Factor, mode: str = "bicubic") -> Tensor:
 def upsample(image: Tensor, factor: Factor, mode: str = "bicubic") -> Tensor:
     """Image on a grid refined by ``factor``: (..., H, W) to (..., floor(factor H), floor(factor W)). Arguments as of :func:`downsample`.
 
-    ``"bicubic"`` interpolates with the same kernel; ``"spline"`` with cubic B-splines (:func:`interpolate_slices`); ``"kspace"`` fills the outer k-space with zeros; ``"bilinear"`` and
+    ``"bicubic"`` interpolates with the same kernel; ``"spline"`` with cubic B-splines (:func:`interpolate_slices`);
+    ``"kspace"`` fills the outer k-space with zeros; ``"bilinear"`` and
     ``"nearest"`` are there to be compared with.
     """
     factors = check_factor(factor)

@@ -56,7 +56,7 @@ class VolumeInference(SupervisedEvaluator):
         super().__init__(val_handlers=val_handlers, **kwargs)
         self.results, self.save = results, Compose([inspection, postprocessing, saving])
         self.failures: list[tuple[str, str]] = []
-        self.done_before = 0
+        self.done_before = self.passed_over = 0
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]  # MONAI's evaluators take an epoch, Ignite's data
         """Work through all volumes.
@@ -66,7 +66,7 @@ class VolumeInference(SupervisedEvaluator):
                 (says how many and why the first one did).
         """
         self.failures.clear()
-        self.done_before = 0
+        self.done_before = self.passed_over = 0
         list_of_failures = self.results.output_dir / "failed.csv"
         try:
             self.results.output_dir.mkdir(parents=True, exist_ok=True)
@@ -77,16 +77,16 @@ class VolumeInference(SupervisedEvaluator):
             raise InputError(f"{self.results.output_dir}: cannot be written to ({e.strerror})") from e
         if self.state.epoch_length:  # more processes than volumes leave one without
             super().run(global_epoch)
-        shares: list = [(self.failures, self.done_before, self.state.epoch_length)]
+        shares: list = [(self.failures, self.done_before, self.passed_over, self.state.epoch_length)]
         if idist.get_world_size() > 1:
             shares = shares * idist.get_world_size()
             torch.distributed.all_gather_object(shares, shares[0])
         if idist.get_rank() > 0:
             return
         self.failures = sorted(failure for share in shares for failure in share[0])
-        done_before, total = (sum(share[n] for share in shares) for n in (1, 2))
-        text = f", {done_before} of them before" if done_before else ""
-        logger.info("%d of %d volumes done%s, results in %s", total - len(self.failures), total, text, self.results.output_dir)
+        done_before, passed, total = (sum(share[n] for share in shares) for n in (1, 2, 3))
+        text = (f", {done_before} of them before" if done_before else "") + (f", {passed} passed over" if passed else "")
+        logger.info("%d of %d volumes done%s, results in %s", total - len(self.failures) - passed, total, text, self.results.output_dir)
         if self.failures:
             try:
                 write_atomically(list_of_failures, self._write_failures)
@@ -97,6 +97,10 @@ class VolumeInference(SupervisedEvaluator):
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: list[dict]) -> dict:  # type: ignore[override]
         (item,) = batchdata
+        if "passed_over" in item:
+            self.passed_over += 1
+            logger.warning("passed over: %s", item["passed_over"])
+            return {}
         if "done" in item:
             self.done_before += 1
             return {}

@@ -7,11 +7,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 
-__all__ = ["InputError", "check_overlays", "full_disk", "reason", "report_in_one_line", "switch"]
+__all__ = ["InputError", "PassedOver", "check_overlays", "full_disk", "passed_over", "reason", "report_in_one_line", "switch"]
 
 
 class InputError(ValueError):
     """Something given by the user cannot be used; the message names it and says why."""
+
+
+class PassedOver(InputError):
+    """Nothing is to be done for a volume; the message names it and says why. This is no failure."""
 
 
 def reason(error: BaseException) -> str:
@@ -28,6 +32,11 @@ def reason(error: BaseException) -> str:
 def full_disk(error: BaseException) -> OSError | None:
     """The error in a chain that says that nothing more can be written: no space, no quota, read-only."""
     return next((e for e in _chain(error) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)), None)
+
+
+def passed_over(error: BaseException) -> bool:
+    """Whether an error says that nothing is to be done for a volume."""
+    return isinstance(_input_error(error), PassedOver)
 
 
 def switch(name: str, value: bool | str) -> bool:

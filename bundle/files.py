@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import InputError
+from .headers import companions
 
 __all__ = ["fingerprint", "sha256", "write_atomically", "write_json"]
 
@@ -21,10 +22,11 @@ RESULT_MARK = "super-resolved by brain_mri_super_resolution"  # in the header of
 
 
 def fingerprint(volume: str) -> dict[str, int]:
-    """Files, bytes and time of the last change (ns) of a volume: a file, a DICOM folder or a series in one."""
+    """Files, bytes and time of the last change (ns) of a volume: a file and its companions, a DICOM folder or a series in one."""
     path = Path(volume)
     folder = path if path.is_dir() else path.parent
-    stats = [f.stat() for f in folder.iterdir() if f.is_file()] if path.is_dir() or not path.exists() else [path.stat()]
+    whole_folder = path.is_dir() or not path.exists()
+    stats = [f.stat() for f in (folder.iterdir() if whole_folder else (path, *companions(path))) if f.is_file()]
     return {"files": len(stats), "bytes": sum(s.st_size for s in stats), "modified": max((s.st_mtime_ns for s in stats), default=0)}
 
 

@@ -13,8 +13,10 @@ from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform, Orientation
 
 from .degradation import Factor, check_factor, interpolate_slices, refined_size, upsample
-from .errors import InputError
+from .errors import InputError, PassedOver
 from .transforms import name_of
+
+ISOTROPIC = 1.1  # largest side of a voxel, as a multiple of the smallest, that counts as isotropic
 
 __all__ = ["InPlaneFactorsd", "IsotropicFactorsd", "ThickAxisLastd", "Upsampled", "oriented"]
 
@@ -71,7 +73,11 @@ class IsotropicFactorsd(MapTransform):
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         d: dict = dict(data)
         for key in self.keys:
-            d[key].meta["factor"] = list(_factors_to(d[key], [self.spacing or float(min(d[key].pixdim))] * 3))
+            smallest, largest = float(min(d[key].pixdim)), float(max(d[key].pixdim))
+            if self.spacing is None and largest < ISOTROPIC * smallest:
+                sides = " x ".join(f"{float(side):.4g}" for side in d[key].pixdim)
+                raise PassedOver(f"{name_of(d[key])}: voxels of {sides} mm are isotropic already")
+            d[key].meta["factor"] = list(_factors_to(d[key], [self.spacing or smallest] * 3))
         return d
 
 

@@ -24,8 +24,8 @@ THICK = 1.4  # times the smallest spacing: an axis that is coarser is left to th
 class RandomAcquisition:
     """Draws acquisitions as scanners make them.
 
-    Half of them are coarse within the plane: k-space truncation (half of these; 85 to 100 % of it covered, a tenth less, with and without
-    apodisation), the paper's bicubic, box and Gaussian point spreads. The others are planes across thick slices: Gaussian, box and trapezoid
+    Half of them are coarse within the plane: k-space truncation (half of these; 85 to 100 % of it covered, a tenth less, with and
+    without apodisation), the paper's bicubic, box and Gaussian point spreads. The others are planes across thick slices: Gaussian, box and trapezoid
     profiles, 60 to 120 % of the slice distance wide, in half of the cases told, with up to 3 % of alternating brightness; an eighth of them
     are coarse along the other axis too. Noise: none (3 of 10), up to 2 % (4), up to 6 % (3). A third is stored in whole numbers.
 

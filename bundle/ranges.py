@@ -38,7 +38,7 @@ def describe(image: MetaTensor, factor: Factor = 1) -> dict[str, float]:
     """Statistics by which volumes are compared.
 
     Args:
-        image: (1, X, Y, Z), RAS, intensities scaled by :class:`bundle.transforms.ScaleIntensityByPercentiled`, not clipped.
+        image: (1, X, Y, Z), RAS, intensities scaled by :class:`bundle.intensity.ScaleIntensityByPercentiled`, not clipped.
         factor: of the refinement, because the network works on the refined grid: in-plane, of both axes or along x and along y, or
             along all three axes.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
 import json
 import logging
 import math
@@ -19,12 +21,14 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from . import version
+from .arguments import paths
 from .degradation import acquire_slices, downsample
 from .dicom import is_dicom_volume
 from .errors import switch
 from .figures import Panel, save_panels
 from .files import RESULT_MARK, fingerprint, sha256, write_atomically, write_json
 from .grid import oriented
+from .headers import file_format, strip_extension
 from .ranges import compare, describe, read_ranges
 from .report import Row, html_report
 from .transforms import name_of
@@ -34,7 +38,8 @@ __all__ = ["CompareWithTrainingd", "Consistencyd", "Results", "SaveComparisond",
 logger = logging.getLogger(__name__)
 
 DICOM_ENDING = "_sr_dicom"  # of the folder of a series
-EXTENSIONS = (".nii", ".gz", ".img", ".mha", ".mhd", ".nrrd", ".nhdr")
+HOT = 6.0  # magnitude in the intensity scale that no ordinary voxel has
+THICK = (2.5, 2.0)  # slices of so many mm, and so many times the smallest side, are worth making isotropic
 
 
 class Results:
@@ -44,7 +49,7 @@ class Results:
 
     Args:
         output_dir: folder of the results.
-        dataset_dir: the file or folder that :func:`bundle.data.find_volumes` searched.
+        dataset_dir: the path, pattern or list that :func:`bundle.subjects.find_volumes` searched.
         volumes: what it found.
         settings: everything else that a result depends on; a result made with other settings is made again.
         weights: file that the network is loaded from, whatever its format; ``None`` for a network without weights.
@@ -59,7 +64,7 @@ class Results:
     def __init__(
         self,
         output_dir: str | Path,
-        dataset_dir: str | Path,
+        dataset_dir: Any,
         volumes: Sequence[str],
         settings: Mapping[str, Any] | None = None,
         weights: str | Path | None = None,
@@ -68,8 +73,7 @@ class Results:
         overwrite: bool | str = False,
     ) -> None:
         self.output_dir = Path(str(output_dir))
-        path = os.path.abspath(str(dataset_dir))
-        self.root = os.path.dirname(path) if path in {os.path.abspath(v) for v in volumes} else path
+        self.root = _shared_path(dataset_dir, volumes)
         hashed = None if weights is None else sha256(weights)
         # as they will be read back: JSON has no tuples, and the command line gives true and false as text
         text = json.dumps({**(settings or {}), "weights": hashed}, default=float)
@@ -92,9 +96,10 @@ class Results:
         path = Path(os.path.abspath(volume))
         name = path.name
         # a DICOM folder, or a series in one, may be named after a UID, full of dots
-        is_file = path.is_file() or (path.suffix in EXTENSIONS and not path.is_dir())
-        for extension in (path.suffix if is_file else "", ".nii", ".img"):
-            name = name.removesuffix(extension)
+        if file_format(path) and not path.is_dir():
+            name = strip_extension(name)
+        elif path.is_file():
+            name = name.removesuffix(path.suffix)
         return self.output_dir / path.relative_to(os.path.abspath(self.root)).parent / (name + ending)
 
     def write(self, volume: str | Path, ending: str, write: Callable[[Path], object]) -> None:
@@ -114,6 +119,19 @@ class Results:
             return False
 
 
+def _shared_path(dataset_dir: Any, volumes: Sequence[str]) -> str:
+    """The part of the volumes' paths that their results do not repeat: ``dataset_dir``, or the folder of the one volume that it is; of
+    several paths what they share, of a pattern what stands before the first wildcard."""
+    given, taken = paths(dataset_dir), set(map(os.path.abspath, volumes))
+    single = os.path.abspath(given[0])
+    if len(given) > 1:
+        return os.path.commonpath([os.path.dirname(p) if p in taken or not os.path.isdir(p) else p for p in map(os.path.abspath, given)])
+    if not os.path.lexists(single) and glob.has_magic(single):
+        parts = Path(single).parts
+        return str(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1])))
+    return os.path.dirname(single) if single in taken else single
+
+
 class CompareWithTrainingd(MapTransform):
     """Warn of what about a volume is far from the training data, in the log and in the sample's ``"report"``, a dictionary.
 
@@ -130,10 +148,11 @@ class CompareWithTrainingd(MapTransform):
         image = data[self.keys[0]]
         statistics = describe(image, image.meta["factor"])
         far = compare(statistics, self.ranges, image.meta.get("modality", ""))
-        for line in far:
+        advice = _thick_slices(image) if len(image.meta["factor"]) == 2 else []
+        for line in (*advice, *far):
             logger.warning("%s: %s", name_of(image), line)
         report = {
-            "warnings": [*filter(None, image.meta.get("remarks", "").split("\n")), *far],
+            "warnings": [*filter(None, image.meta.get("remarks", "").split("\n")), *advice, *far],
             "input_spacing": image.pixdim.tolist(),
             "statistics": statistics,
             "training_ranges": self.ranges or None,
@@ -158,15 +177,19 @@ class Consistencyd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         before = torch.as_tensor(data[self.input_key]).float().cpu().movedim(-1, 0)
+        # hot spots would outweigh everything else: they do not count, nor does what interpolation makes of them around
+        ordinary = torch.nn.functional.max_pool2d(before.abs(), 11, 1, 5) <= HOT
+        ordinary = ordinary if ordinary.any() else torch.ones_like(ordinary)
         factors = [float(f) for f in data[self.keys[0]].meta["factor"]]
         values = {}
         for name, key in zip(("interpolated", "result"), self.keys):
             volume = data[key].as_tensor()
-            if len(factors) > 2:  # the slice profile is not known: a box without gaps
-                volume = acquire_slices(volume, factors[2], "box")
+            if len(factors) > 2:  # the slice profile is not known: a box, with the gap that the header tells
+                volume = acquire_slices(volume, factors[2], "box", _gap(data[self.keys[0]]))
             slices = volume.movedim(-1, 0)
-            error = sum(float((downsample(s.float().cpu(), factors[:2]) - b).square().sum()) for s, b in zip(slices, before))
-            values[name] = round(-10 * math.log10(max(error / before.numel(), 1e-20)), 2)
+            squares = ((downsample(s.float().cpu(), factors[:2]) - b).square() for s, b in zip(slices, before))
+            error = sum(float(s[counts].sum()) for s, counts in zip(squares, ordinary))
+            values[name] = round(-10 * math.log10(max(error / int(ordinary.sum()), 1e-20)), 2)
         logger.info("%s: degraded again, the result agrees with the input to %.2f dB", name_of(data[self.keys[-1]]), values["result"])
         return {**data, "consistency": values}
 
@@ -301,3 +324,23 @@ class SaveReportd(MapTransform):
         }
         write_json(self.results.path(volume, "_sr.json"), report)
         return data
+
+
+def _gap(image: MetaTensor) -> float:
+    """Gap between the slices that a refined volume was made of, as a fraction of their distance; 0 where their thickness is not known or
+    their axis is not the last one."""
+    thickness, spacing = (float(image.meta.get(key, 0)) for key in ("slice_thickness", "slice_spacing"))
+    before = float(image.pixdim[2]) * float(image.meta["factor"][2])
+    return max(0.0, 1 - thickness / spacing) if thickness and abs(spacing - before) < 0.01 * before else 0.0
+
+
+def _thick_slices(image: MetaTensor) -> list[str]:
+    """Advice for a volume of thick slices; none for others."""
+    sides = [float(side) for side in image.pixdim]
+    across = sides.index(max(sides))
+    if sides[across] < THICK[0] or sides[across] < THICK[1] * min(sides):
+        return []
+    axis = ("left to right", "back to front", "bottom to top")[across]
+    return [
+        f"voxels are {sides[across]:.4g} mm from {axis}, {min(sides):.4g} mm elsewhere: configs/isotropic.json is made for thick slices"
+    ]

@@ -31,13 +31,13 @@ from nibabel.processing import conform
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bundle.data import find_volumes
 from bundle.degradation import degrade
 from bundle.errors import InputError, report_in_one_line
 from bundle.files import write_atomically, write_json
 from bundle.inferers import AutocastInferer
 from bundle.losses import PixelTVLoss
 from bundle.networks import MultiScaleResidualNet, prepare
+from bundle.subjects import find_volumes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SLICES = (4, 8, 16)  # of 256 x 256 output pixels

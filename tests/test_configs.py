@@ -13,6 +13,8 @@ import toy
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from monai.transforms import Invertd
 
+from bundle.intensity import ClipToInputRanged
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 
@@ -144,8 +146,8 @@ def test_servers_need_no_data_folder_for_postprocessing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where the default dataset_dir does not exist
     parser = ConfigParser()
     parser.read_config(str(CONFIGS / "inference.json"))
-    (transform,) = parser.get_parsed_content("postprocessing").transforms
-    assert type(transform) is Invertd
+    inversion, clip = parser.get_parsed_content("postprocessing").transforms
+    assert (type(inversion), type(clip)) == (Invertd, ClipToInputRanged)
     assert not list(tmp_path.iterdir())
 
 

@@ -10,10 +10,12 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Orientationd
 from torch.utils.data import DataLoader, DistributedSampler
 
-from bundle.data import EpochSampler, InferenceDataset, PatchDataset, RandomFactor, RandomSlices, find_volumes, split_subjects
+from bundle.data import EpochSampler, InferenceDataset, PatchDataset, RandomFactor, RandomSlices
 from bundle.degradation import degrade
 from bundle.errors import InputError
-from bundle.transforms import AxialSlicesd, CropInPlaned, LoadVolumed
+from bundle.loading import LoadVolumed
+from bundle.subjects import find_volumes, split_subjects
+from bundle.transforms import AxialSlicesd, CropInPlaned
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real volumes in ../shared/data")

@@ -19,12 +19,13 @@ from nibabel.nicom.dicomwrappers import wrapper_from_file
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from bundle.data import find_volumes
 from bundle.dicom import find_series, is_dicom
 from bundle.dicom_series import derived_series, write_folder
 from bundle.dicom_volume import load_series, write_file
 from bundle.errors import InputError, reason
-from bundle.transforms import Consistencyd, LoadVolumed
+from bundle.loading import LoadVolumed
+from bundle.results import Consistencyd
+from bundle.subjects import find_volumes
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "dicom_t1"

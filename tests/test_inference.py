@@ -42,7 +42,7 @@ def infer(checkpoints, tmp_path, monkeypatch):
 
     def run(dataset_dir, weights="random", output_dir=None, overlays=(), **overrides):
         output_dir = Path(output_dir or tmp_path / "out")
-        given = {"checkpoint": checkpoints[weights], "device": "$torch.device('cpu')", **toy.TINY_OVERRIDES, **overrides}
+        given = {"checkpoint": checkpoints[weights], "device": "cpu", "clip": False, **toy.TINY_OVERRIDES, **overrides}
         files = [CONFIG, *(str(ROOT / "configs" / f"{overlay}.json") for overlay in overlays)]
         monai.bundle.run(config_file=files, dataset_dir=str(dataset_dir), output_dir=str(output_dir), **given)
         return output_dir
@@ -148,7 +148,7 @@ class TestGeometryAndIntensity:
         np.testing.assert_allclose(nib.affines.apply_affine(after.affine, index), expected, atol=1e-4)
         report = json.loads((out / "sub_sr.json").read_text())
         assert report["factor"] == pytest.approx(factors[:2])
-        assert report["consistency_db"]["result"] > 30
+        assert report["consistency_db"]["result"] > 25  # of the head: the outlying voxels do not set the scale
 
     def test_spacing_is_that_asked_for_whatever_the_file_has(self, infer, tmp_path):
         for name, spacing in (("a", (0.9, 1.2, 3)), ("b", (1.5, 0.5, 2))):
@@ -447,7 +447,7 @@ class TestStartedAgain:
         before = times_of_change(tmp_path / "output")
         done = {name[0] for name in before if name.endswith(".json")}
         assert process.returncode == -signal.SIGKILL and "0" in done and "3" not in done
-        after = times_of_change(infer(tmp_path / "data", output_dir=tmp_path / "output"))
+        after = times_of_change(infer(tmp_path / "data", output_dir=tmp_path / "output", clip=True))
         assert list(after) == [f"{number}_sr.{ending}" for number in range(4) for ending in ("json", "nii.gz", "png")]
         assert all(after[name] == before[name] for name in before if name[0] in done)
 

@@ -10,8 +10,9 @@ import torch
 import toy
 
 from bundle.degradation import downsample, upsample
+from bundle.intensity import ScaleIntensityByPercentiled
+from bundle.loading import LoadVolumed
 from bundle.ranges import STATISTICS, compare, describe, measure, read_ranges
-from bundle.transforms import LoadVolumed, ScaleIntensityByPercentiled
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -19,6 +19,7 @@ import toy_dicom
 from PIL import Image
 
 from bundle.errors import reason
+from bundle.recognition import looks_like
 from bundle.results import Results
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +47,9 @@ def tried(tmp_path_factory):
     for number, (what, write) in enumerate(ODD_VOLUMES.items()):
         (folder / "in" / f"odd{number:02d}").mkdir(parents=True)
         odd[what] = write(folder / "in" / f"odd{number:02d}")
+    for number, write in enumerate(toy.NO_SCANS.values()):
+        (folder / "in" / f"none{number:02d}").mkdir(parents=True)
+        write(folder / "in" / f"none{number:02d}")
     toy.write_mixed(folder / "in" / "mixed")
     excepthook = sys.excepthook
     with pytest.raises(RuntimeError) as error:
@@ -54,7 +58,8 @@ def tried(tmp_path_factory):
             dataset_dir=str(folder / "in"),
             output_dir=str(folder / "out"),
             checkpoint=str(toy.save_checkpoint(folder / "untrained.pt", random=False)),
-            device="$torch.device('cpu')",
+            device="cpu",
+            clip=False,
             **toy.TINY_OVERRIDES,
         )
     sys.excepthook = excepthook
@@ -132,11 +137,26 @@ def test_doubtful_header_is_said_in_the_report(what, remark, tried):
     assert any(line.startswith(remark) for line in json.loads(report.read_text(encoding="utf-8"))["warnings"])
 
 
+def no_scan(folder, what):
+    (path,) = (folder / "in" / f"none{list(toy.NO_SCANS).index(what):02d}").iterdir()
+    return path
+
+
+@pytest.mark.parametrize("what", toy.NO_SCANS)
+def test_what_is_no_scan_is_passed_over(what, tried):
+    folder, _, _, failures, _ = tried
+    path = no_scan(folder, what)
+    assert str(path) not in failures
+    assert not result(folder, path).exists()
+    assert looks_like(path)
+
+
 def table(tried) -> str:
-    _, bad, odd, failures, _ = tried
+    folder, bad, odd, failures, _ = tried
     lines = ["| input | outcome |", "|---|---|"]
     lines += [f"| {what} | right result |" for what in odd]
     lines += [f"| {SEVERAL_SERIES} | right result for each |"]
+    lines += [f"| {what} | in a folder: passed over by name, as {looks_like(no_scan(folder, what))} |" for what in toy.NO_SCANS]
     for what, path in bad.items():
         why = failures[path].removeprefix(f"{path}: ")
         # what a reader says in brackets changes with its version

@@ -92,6 +92,7 @@ def folder(tmp_path_factory):
         training_ranges=str(ROOT / "models" / "model.json"),
         device="$torch.device('cpu')",
         report=True,
+        clip=False,
         **toy.TINY_OVERRIDES,
     )
     sys.excepthook = excepthook

@@ -12,7 +12,7 @@ import torch
 import toy
 
 from bundle.errors import InputError, reason
-from bundle.transforms import LoadVolumed
+from bundle.loading import LoadVolumed
 
 ROOT = Path(__file__).parents[1]
 

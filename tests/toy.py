@@ -365,9 +365,6 @@ BAD_VOLUMES: dict[str, Callable[[Path], Path]] = {
     "text": _bytes(b"not a volume\n" * 50, "bad.nii"),
     "no raw file": _without_raw,
     "one plane": _nifti(lambda array: array[..., 3]),
-    "time series": _nifti(lambda array: np.stack([array] * 3, -1)),
-    "colours": _rgb,
-    "vectors": lambda folder: write_itk(folder / "bad.mha", np.stack([head()] * 3, -1)),
     "NaN": _nifti(_with_voxel(np.nan)),
     "infinite": _nifti(_with_voxel(np.inf)),
     "constant": _nifti(lambda array: np.full_like(array, 7), np.int16),
@@ -395,6 +392,24 @@ BAD_VOLUMES: dict[str, Callable[[Path], Path]] = {
     "DICOM, enhanced: a frame is missing": _dicom(lambda files: enhance_dicom(files[0].parent, [0, 1, 2, 4, 5])),
     "DICOM, enhanced: a series over time": _dicom(lambda files: enhance_dicom(files[0].parent, [0, 1, 2, 0, 1, 2])),
     "DICOM: a truncated slice": _dicom(lambda files: files[2].write_bytes(files[2].read_bytes()[:-2000])),
+}
+
+
+def _named(name: str, array: np.ndarray, dtype: type) -> Callable[[Path], Path]:
+    return lambda folder: write_nifti(folder / name, array, dtype=dtype)
+
+
+_PHASE = np.angle(np.exp(1j * np.add.outer(np.linspace(0, 20, 40 * 36).reshape(40, 36), np.arange(6.0))))
+
+# what is no scan -> function that writes the file below a folder and returns its path
+NO_SCANS: dict[str, Callable[[Path], Path]] = {
+    "time series": _nifti(lambda array: np.stack([array] * 3, -1)),
+    "colours": _rgb,
+    "vectors": lambda folder: write_itk(folder / "bad.mha", np.stack([head()] * 3, -1)),
+    "mask": _named("mask.nii.gz", (head() > 200).astype(float), np.uint8),
+    "label map": _named("aseg.nii.gz", np.digitize(head(), [100, 400, 700]).astype(float) * 7, np.int16),
+    "BOLD by its name": _named("sub-01_task-rest_bold.nii.gz", head(), np.int16),
+    "phase map": _named("B0.nii.gz", _PHASE, np.float32),
 }
 
 

@@ -36,10 +36,10 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.main import Main
 from monailabel.utils.others.generic import device_list, device_map, file_checksum, name_to_device
 
-from bundle.data import find_volumes
 from bundle.errors import InputError, reason
 from bundle.files import write_atomically
 from bundle.ranges import read_ranges
+from bundle.subjects import find_volumes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

@@ -1,0 +1,173 @@
+"""What a file says before its voxels are read: format, shape, affine in mm, companions, BIDS sidecar."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import itk
+import nibabel as nib
+import numpy as np
+
+from .errors import InputError
+
+__all__ = [
+    "Header",
+    "companions",
+    "file_format",
+    "in_mm",
+    "itk_reader",
+    "named_as_nibabel_wants",
+    "nrrd_field",
+    "read_header",
+    "sidecar",
+    "strip_extension",
+]
+
+NIFTI = (".nii", ".nii.gz", ".img", ".img.gz", ".hdr")  # and Analyze
+FREESURFER = (".mgh", ".mgz", ".mgh.gz")
+META = (".mha", ".mhd")
+NRRD = (".nrrd", ".nhdr")
+# longest first: what is left of a name must be no extension
+EXTENSIONS = tuple(sorted((*NIFTI, *FREESURFER, *META, *NRRD), key=len, reverse=True))
+MM_PER_UNIT = {"unknown": 1.0, "mm": 1.0, "millimeter": 1.0, "micron": 1e-3, "um": 1e-3, "µm": 1e-3, "cm": 10.0, "meter": 1e3, "m": 1e3}
+PLAUSIBLE = (5e-3, 50.0)  # sides of an MRI voxel, in mm
+
+
+class Header(NamedTuple):
+    """What the header of a volume says."""
+
+    shape: tuple[int, ...]  # along the axes as stored, more than three for a series
+    channels: int  # values of a voxel: 3 for colours
+    affine: np.ndarray  # (4, 4) from index to RAS, in the file's units of length
+    dtype: np.dtype
+    intent: str  # of NIfTI: "label", "z score"; "none" where there is none
+
+
+def file_format(path: str | Path) -> str:
+    """``"nifti"`` (and Analyze), ``"freesurfer"``, ``"metaimage"``, ``"nrrd"`` or ``""``, by the extension in upper or lower case."""
+    name = Path(path).name.lower()
+    formats = {"nifti": NIFTI, "freesurfer": FREESURFER, "metaimage": META, "nrrd": NRRD}
+    return next((kind for kind, extensions in formats.items() if name.endswith(extensions)), "")
+
+
+def strip_extension(name: str) -> str:
+    """Name of a volume's file without its extension, ``.nii.gz`` as a whole.
+
+    Example:
+        >>> strip_extension("T1.NII.GZ")
+        'T1'
+    """
+    extension = next((e for e in EXTENSIONS if name.lower().endswith(e)), "")
+    return name[: len(name) - len(extension)] if extension else name
+
+
+@contextmanager
+def named_as_nibabel_wants(path: str | Path) -> Iterator[str]:
+    """Path under which nibabel finds a file: one with a lower-case extension, in a temporary folder if need be."""
+    path = Path(path)
+    ending = path.name[len(strip_extension(path.name)) :]
+    if ending == ending.lower() or not path.is_file():
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for file in (path, *companions(path)):
+            (Path(folder) / ("volume" + file.name[len(strip_extension(file.name)) :].lower())).symlink_to(file.resolve())
+        yield str(Path(folder) / ("volume" + ending.lower()))
+
+
+def itk_reader(path: str | Path) -> Any:
+    """ITK's reader for a file, chosen by the extension in upper or lower case; ``None`` leaves the choice to ITK."""
+    reader = {"metaimage": itk.MetaImageIO, "nrrd": itk.NrrdImageIO}.get(file_format(path))
+    return None if reader is None else reader.New()
+
+
+def read_header(path: str | Path) -> Header:
+    """Header of a volume in a file (not DICOM). Errors are those of the reader."""
+    if file_format(path) in ("nifti", "freesurfer"):
+        with named_as_nibabel_wants(path) as name:
+            image: Any = nib.load(name)
+        shape, dtype = tuple(int(n) for n in image.shape), image.get_data_dtype()
+        intent = image.header.get_intent()[0] if isinstance(image, nib.Nifti1Pair) else "none"
+        return Header(shape, len(dtype.names or "1"), np.asarray(image.affine, dtype=np.float64), dtype, intent)
+    image = itk_reader(path) or itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
+    if image is None:
+        raise InputError(f"{path}: of an unknown format")
+    image.SetFileName(str(path))
+    image.ReadImageInformation()
+    axes = range(image.GetNumberOfDimensions())
+    affine = np.eye(4)
+    for axis in list(axes)[:3]:
+        affine[:3, axis] = np.array([*image.GetDirection(axis), 0, 0])[:3] * image.GetSpacing(axis)
+    to_ras = np.diag([-1.0, -1, 1, 1])
+    names = {"unsigned_char": "u1", "char": "i1", "unsigned_short": "u2", "short": "i2", "float": "f4", "double": "f8"}
+    dtype = np.dtype(names.get(image.GetComponentTypeAsString(image.GetComponentType()), "i4"))
+    return Header(tuple(int(image.GetDimensions(a)) for a in axes), int(image.GetNumberOfComponents()), to_ras @ affine, dtype, "none")
+
+
+def in_mm(affine: np.ndarray, unit: str) -> tuple[np.ndarray, str]:
+    """An affine in mm, and a remark where the unit of length is another one.
+
+    A unit that would give impossible voxels, where the plain numbers give possible ones, is taken for a mistake.
+
+    Args:
+        affine: (4, 4), in ``unit``.
+        unit: as NIfTI and NRRD spell it.
+    """
+    factor = MM_PER_UNIT.get(unit.strip('" ').lower())
+    if factor is None:
+        return affine, f"unknown unit of length {unit!r}: taken for mm"
+    if factor == 1:
+        return affine, ""
+    sides = nib.affines.voxel_sizes(affine)
+    possible = [bool((sides * f > PLAUSIBLE[0]).all() and (sides * f < PLAUSIBLE[1]).all()) for f in (factor, 1)]
+    told = " x ".join(f"{s:.4g}" for s in sides)
+    if possible == [False, True]:
+        return affine, f"the header gives voxels of {told} {unit}, which is impossible: taken for mm"
+    return np.diag([factor, factor, factor, 1]) @ affine, f"lengths are in {unit} ({told}): converted to mm"
+
+
+def nrrd_field(path: str | Path, field: str) -> str:
+    """A field of the text at the beginning of a NRRD file; empty where it has none."""
+    with Path(path).open("rb") as stream:
+        text = stream.read(1 << 16).partition(b"\n\n")[0].decode("utf-8", "replace")
+    found = re.search(rf"^{field}:=?\s*(.+?)\s*$", text, re.MULTILINE | re.IGNORECASE)
+    return found[1] if found else ""
+
+
+def companions(path: str | Path) -> list[Path]:
+    """Files that belong to a volume's file: the other half of ``.hdr`` and ``.img``, what ``.mhd`` and ``.nhdr`` name as their voxels."""
+    path = Path(path)
+    name, ending = strip_extension(path.name), path.name[len(strip_extension(path.name)) :].lower()
+    if ending in (".img", ".img.gz", ".hdr"):
+        others = {name.lower() + e for e in ((".hdr", ".hdr.gz") if ending != ".hdr" else (".img", ".img.gz"))}
+        return sorted(f for f in path.parent.iterdir() if f.name.lower() in others)
+    if ending not in (".mhd", ".nhdr"):
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    for number, line in enumerate(lines):
+        found = re.match(r"(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", line, re.IGNORECASE)
+        if found:
+            names = [text.strip() for text in lines[number + 1 :]] if found[1].upper().startswith("LIST") else [found[1]]
+            if "%" in found[1]:  # numbered files: a pattern, first and last number, step
+                names = [f.name for f in path.parent.glob(re.sub(r"%\d*d", "*", found[1].split()[0]))]
+            return sorted(f for f in (path.parent / n for n in names if n) if f.is_file())
+    return []
+
+
+def sidecar(path: str | Path) -> dict[str, Any]:
+    """The BIDS sidecar of a volume's file, ``<name>.json``; empty where there is none that can be read."""
+    path = Path(path)
+    try:
+        facts = json.loads((path.parent / (strip_extension(path.name) + ".json")).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}

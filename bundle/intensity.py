@@ -1,0 +1,156 @@
+"""Intensities: the scale that the network works on, and the range of its results."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import InvertibleTransform, MapTransform
+
+from .errors import switch
+
+__all__ = ["ClipToInputRanged", "ScaleIntensityByPercentiled"]
+
+logger = logging.getLogger(__name__)
+
+OUTLYING = 4.0  # times the 95th percentile of the magnitudes: no ordinary scan has its 99.9th there (2.5 at most in 70 of them)
+OVERSHOOT = 1.1  # largest magnitude of a result, as a multiple of that of the input
+
+
+class Scale(NamedTuple):
+    """``scaled = (value - offset) / scale``, and what was odd about finding them."""
+
+    offset: float
+    scale: float
+    remarks: list[str]
+
+
+class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):
+    """Divide by a high percentile of the non-zero magnitudes, so that one outlier voxel does not set the scale.
+
+    Hot spots, far brighter than everything else, do not count. An offset that the air has too is subtracted first. Noise of full strength
+    in the air does not count either. Each is told in the log and in ``meta["remarks"]``. ``meta["unit_intensity"]`` holds the scale.
+
+    Args:
+        keys: volumes (1, X, Y, Z).
+        percentile: in percent.
+        clip: whether to clip to [0, 1] (training and evaluation); clipping is not undone by the inverse.
+
+    Raises:
+        ValueError: for a percentile outside (0, 100].
+    """
+
+    def __init__(self, keys: KeysCollection, percentile: float = 99.9, clip: bool = False) -> None:
+        super().__init__(keys)
+        if not 0 < percentile <= 100:
+            raise ValueError(f"percentile must be in (0, 100], got {percentile}")
+        self.percentile, self.clip = percentile, clip
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d: dict = dict(data)
+        for key in self.keys:
+            offset, scale, remarks = find_scale(d[key].as_tensor()[0].numpy(), self.percentile)
+            d[key] = (d[key] - offset) / scale if offset else d[key] / scale
+            d[key].meta["unit_intensity"] = scale
+            if remarks:
+                d[key].meta["remarks"] = "\n".join(filter(None, [d[key].meta.get("remarks", ""), *remarks]))
+            for remark in remarks:
+                logger.warning("%s: %s", d[key].meta.get("filename_or_obj", "volume"), remark)
+            if self.clip:
+                d[key] = d[key].clamp(0, 1)
+            self.push_transform(d, key, extra_info={"scale": scale, "offset": offset})
+        return d
+
+    def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            info = self.pop_transform(d, key)["extra_info"]
+            d[key] = d[key] * info["scale"] + info["offset"] if info["offset"] else d[key] * info["scale"]
+        return d
+
+
+class ClipToInputRanged(MapTransform):
+    """Keep a result within what its input makes likely: no negative values if the input has none, nothing beyond 1.1 times its extremes.
+
+    Interpolation and networks overshoot at sharp edges; logarithms, N4 and windows by the minimum trip over negative values.
+
+    Args:
+        keys: results (1, X, Y, Z) in the units of the input, with its ``meta["intensity_range"]``.
+        clip: whether to do so.
+    """
+
+    def __init__(self, keys: KeysCollection, clip: bool | str = True) -> None:
+        super().__init__(keys)
+        self.clip = switch("clip", clip)
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d: dict = dict(data)
+        for key in self.keys:
+            bounds = d[key].meta.get("intensity_range")
+            if self.clip and bounds is not None:
+                low, high = (float(b) for b in bounds)
+                d[key] = d[key].clamp(min(0.0, OVERSHOOT * low), max(0.0, OVERSHOOT * high))
+        return d
+
+
+def find_scale(volume: np.ndarray, percentile: float = 99.9) -> Scale:
+    """Offset and scale of the intensities of a volume (X, Y, Z)."""
+    remarks = []
+    offset = _offset(volume)
+    if offset:
+        remarks.append(f"the air has the value {offset:g}: subtracted for the network, added again to the result")
+    shifted = volume - np.float32(offset) if offset else volume
+    magnitudes = np.abs(shifted)
+    nonzero = magnitudes[magnitudes > 0]
+    # torch.quantile refuses more than 16 million elements
+    scale, bulk = (float(p) for p in np.percentile(nonzero, (percentile, min(95, percentile))))
+    if scale > OUTLYING * bulk > 0 and len(nonzero) > 1000:
+        ordinary = nonzero[nonzero <= OUTLYING * bulk]
+        scale = float(np.percentile(ordinary, percentile))
+        share = 1 - len(ordinary) / len(nonzero)
+        remarks.append(
+            f"hot spots: {share:.2%} of the voxels lie far above the rest, and do not count for the intensity scale of {scale:.4g}"
+        )
+        return Scale(offset, scale, remarks)
+    head = _head_in_noise(magnitudes, scale)
+    if head is not None:
+        scale = float(np.percentile(magnitudes[head], percentile))
+        remarks.append(
+            "the air around the head holds noise of full strength (as MP2RAGE's uniform image does): "
+            "the network sharpens it too; mask it, or give the denoised image"
+        )
+    return Scale(offset, scale, remarks)
+
+
+def _offset(volume: np.ndarray) -> float:
+    """Value of the air where it is not near zero; 0 for an ordinary volume."""
+    low, high = (float(p) for p in np.percentile(volume, (1, 99.9)))
+    smallest = float(volume.min())
+    if volume.size < 1000 or high <= low:
+        return 0.0
+    shared = float(np.mean(volume == smallest))
+    if smallest != 0 and shared > 0.05 and abs(smallest) > 0.02 * (high - smallest):  # one value for all of the air
+        return smallest
+    return low if low > 0.4 * high > 0 else 0.0
+
+
+def _head_in_noise(magnitudes: np.ndarray, scale: float) -> np.ndarray | None:
+    """Mask of the head where the air around it is as bright as the head and changes from voxel to voxel; ``None`` for other volumes."""
+    if min(magnitudes.shape) < 8:
+        return None
+    shell = np.ones(magnitudes.shape, bool)
+    shell[tuple(slice(max(2, n // 16), n - max(2, n // 16)) for n in magnitudes.shape)] = False
+    outside = magnitudes[shell]
+    if float(np.mean(outside > 0.2 * scale)) < 0.5:
+        return None
+    small = torch.as_tensor(magnitudes / scale)[None, None]
+    mean = torch.nn.functional.avg_pool3d(small, 3, 1, 1, count_include_pad=False)
+    spread = (torch.nn.functional.avg_pool3d(small**2, 3, 1, 1, count_include_pad=False) - mean**2).clamp(min=0).sqrt()[0, 0].numpy()
+    noise = float(np.median(spread[shell]))
+    head = spread < 0.5 * noise
+    return head if noise > 0.15 and 0.02 < float(head.mean()) < 0.98 else None

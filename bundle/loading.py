@@ -1,0 +1,235 @@
+"""Loading: from a path to a checked volume (1, X, Y, Z) with what its header says."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import monai.data
+import nibabel as nib
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import ImageReader, ITKReader, MetaTensor
+from monai.transforms import LoadImage, MapTransform
+
+from .dicom import is_dicom_volume
+from .dicom_volume import load_series
+from .errors import InputError
+from .headers import file_format, in_mm, itk_reader, named_as_nibabel_wants, nrrd_field, sidecar
+from .recognition import values_look_like
+
+__all__ = ["LoadVolumed"]
+
+logger = logging.getLogger(__name__)
+
+
+class LoadVolumed(MapTransform):
+    """Load a volume and refuse, by name, whatever is not one.
+
+    :class:`monai.transforms.LoadImage` reads files, :func:`bundle.dicom_volume.load_series` DICOM.
+
+    NIfTI: the sform is used if it is set, otherwise the qform. Lengths become mm, complex values become their magnitude, NaN outside the
+    head becomes 0. Guesses and repairs are told in the log and in ``meta["remarks"]``, a line each. ``meta["intensity_range"]`` holds the
+    smallest and largest value. ``meta["modality"]`` and ``meta["slice_thickness"]`` (mm) are there if the file or its sidecar says so.
+
+    Args:
+        keys: file names (NIfTI, Analyze, FreeSurfer, MetaImage, NRRD), DICOM folders or series (see :func:`bundle.subjects.find_volumes`).
+        reader: MONAI reader, by name; ``None`` takes nibabel for NIfTI, Analyze and FreeSurfer, ITK for the rest.
+
+    Raises:
+        InputError: naming the file and the reason, for a file that cannot be read or holds no single-channel volume with
+            finite, varying intensities; for a DICOM series with gaps.
+    """
+
+    def __init__(self, keys: KeysCollection, reader: str | None = None) -> None:
+        super().__init__(keys)
+        self.reader = reader
+        self.loader = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float32)
+
+    def __call__(self, data: Mapping[Hashable, str]) -> dict:
+        return {**data, **{key: self._load(data[key]) for key in self.keys}}
+
+    def _load(self, path: str) -> MetaTensor:
+        source, remarks = Path(path), list[str]()
+        if source.is_symlink() and not source.exists():
+            raise InputError(f"{path}: a link to {source.readlink()}, which does not exist")
+        if not source.exists() and not source.parent.is_dir():
+            raise InputError(f"{path}: no such file or folder")
+        try:
+            if not file_format(source) and self.reader is None and is_dicom_volume(source):
+                image = load_series(source)
+                remarks = image.meta["remarks"].split("\n")
+            else:
+                image, remarks = self._load_file(source)
+        except InputError:
+            raise
+        except Exception as e:  # a reader can fail in any way on a damaged file
+            raise InputError(f"{path}: cannot be read as a volume ({_why_not_read(e.__cause__ or e)})") from e
+        sides = " x ".join(str(n) for n in image.shape[1:])
+        if image.ndim != 4 or image.shape[0] != 1:
+            raise InputError(f"{path}: one grey-scale volume expected, got {image.shape[0]} channel(s) of {sides} voxels")
+        image, remark = _without_nan(image, path)
+        remarks.append(remark)
+        image, remark = _without_padding(image)
+        remarks.append(remark)
+        if image.min() == image.max():
+            raise InputError(f"{path}: every voxel has the value {float(image.min()):g}")
+        affine = image.affine[:3, :3]
+        if not torch.isfinite(image.affine).all() or float(torch.linalg.det(affine).abs()) < 1e-9:
+            raise InputError(f"{path}: the affine is singular: {affine.tolist()}")
+        kind = values_look_like(image[0].numpy()[..., max(image.shape[3] // 2 - 1, 0) :][..., :3], path)
+        remarks.append(f"looks like {kind}, not like a scan: the result may mean nothing" if kind else "")
+        if source.is_file():
+            remarks.append(_follow_sidecar(image, sidecar(source)))
+        image.meta["filename_or_obj"] = str(path)  # of a DICOM folder, readers keep one file or a list
+        image.meta["intensity_range"] = [float(image.min()), float(image.max())]
+        image.meta["remarks"] = "\n".join(filter(None, remarks))
+        for remark in filter(None, remarks):
+            logger.warning("%s: %s", path, remark)
+        return image
+
+    def _load_file(self, source: Path) -> tuple[MetaTensor, list[str]]:
+        """Volume of a file, its affine in mm, and remarks."""
+        _check_bytes(source)
+        kind = file_format(source)
+        if kind not in ("nifti", "freesurfer"):
+            image = self.loader(str(source), reader=self._reader(source))
+            return image, _follow_nrrd(image, source) if kind == "nrrd" else []
+        with named_as_nibabel_wants(source) as name:
+            header: Any = nib.load(name)
+            if header.get_data_dtype().names:
+                raise InputError(f"{source}: one grey-scale volume expected, got colours")
+            is_complex = header.get_data_dtype().kind == "c"
+            loader = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.complex64) if is_complex else self.loader
+            image = loader(name, reader=self._reader(source))
+        remarks = []
+        if is_complex:
+            image = MetaTensor(image.as_tensor().abs(), meta=image.meta)
+            remarks.append("complex values: the magnitude is used")
+        if isinstance(header, nib.Nifti1Pair):
+            remarks += _follow_header(image, header)
+        elif isinstance(header, nib.MGHImage):
+            if not int(header.header["goodRASFlag"]):
+                remarks.append("the header says nothing about orientation (goodRASFlag is 0): left and right are a guess")
+        else:
+            remarks.append("Analyze says nothing about orientation: left and right are a guess")
+        return image, remarks
+
+    def _reader(self, source: Path) -> ImageReader:
+        # one reader and no other: MONAI would try all it knows in turn, among them numpy's, which runs what a pickle tells it to
+        kind = file_format(source)
+        name = self.reader or ("NibabelReader" if kind in ("nifti", "freesurfer") else "ITKReader")
+        return ITKReader(imageio=itk_reader(source)) if name == "ITKReader" and itk_reader(source) else getattr(monai.data, name)()
+
+
+def _check_bytes(source: Path) -> None:
+    """Read a file to its end, and say why where that is not possible: nibabel does not look at gzip's checksum."""
+    with gzip.open(source) if source.suffix.lower() == ".gz" else source.open("rb") as stream:
+        while stream.read(1 << 24):
+            pass
+
+
+def _why_not_read(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "it would need more memory than there is"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).split("\n\n")[0].strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[-2:]) if lines[-1].startswith("-") else lines[-1]  # nibabel goes on after a dash
+
+
+def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
+    """Give a volume the affine of its NIfTI header, and keep what else the header says about space; returns remarks.
+
+    MONAI's reader prefers the qform to the sform where only the former agrees with pixdim; the format knows no such rule.
+    """
+    unit = header.header.get_xyzt_units()[0]
+    affine, remark = in_mm(header.affine, unit)
+    remarks = [remark]
+    image.affine = torch.as_tensor(affine)
+    image.meta["original_affine"] = torch.as_tensor(affine)
+    sform_code = int(header.header["sform_code"])
+    qform = header.get_qform(coded=True)[0] if not sform_code or int(header.header["qform_code"]) else None
+    qform_code = int(header.header["qform_code"])
+    qform = None if qform is None else in_mm(qform, unit)[0]
+    if not sform_code and not qform_code:
+        remarks.append("the header says nothing about orientation (sform and qform unknown): left and right are a guess")
+    if sform_code and qform is not None:
+        corners = np.stack(np.meshgrid(*([0, n - 1] for n in image.shape[1:4]), indexing="ij"), -1)
+        apart = float(np.abs(nib.affines.apply_affine(affine, corners) - nib.affines.apply_affine(qform, corners)).max())
+        if apart > 0.1:
+            remarks.append(f"sform and qform differ by up to {apart:.3g} mm: the sform is used, and both are kept")
+            image.meta["sform"], image.meta["qform"] = torch.as_tensor(affine), torch.as_tensor(qform)
+    spacing, zooms = nib.affines.voxel_sizes(affine)[: image.ndim - 1], np.asarray(header.header.get_zooms()[:3], dtype=np.float64)
+    zooms = in_mm(np.diag([*zooms, 1.0]), unit)[0].diagonal()[:3] if len(zooms) == 3 else zooms
+    if len(zooms) == len(spacing) and not np.allclose(spacing, zooms, rtol=1e-2):
+        told = [" x ".join(f"{v:.4g}" for v in values) for values in (zooms, spacing)]
+        remarks.append(f"pixdim says {told[0]} mm, the affine {told[1]} mm: the affine is used")
+    aligned = 2  # NIfTI's code for coordinates that agree with another file's
+    image.meta["codes"] = [sform_code or qform_code or aligned, qform_code or sform_code or aligned]
+    image.meta["unit"] = "mm"
+    return remarks
+
+
+def _follow_nrrd(image: MetaTensor, source: Path) -> list[str]:
+    """Bring the affine of a NRRD file to mm; returns remarks."""
+    remarks = []
+    if not nrrd_field(source, "space"):
+        remarks.append("the header names no space: left and right are a guess")
+    units = nrrd_field(source, "space units").split()
+    if units:
+        affine, remark = in_mm(np.asarray(image.affine, dtype=np.float64), units[0])
+        image.affine = torch.as_tensor(affine)
+        image.meta["original_affine"] = torch.as_tensor(affine)
+        remarks.append(remark)
+    return remarks
+
+
+def _follow_sidecar(image: MetaTensor, facts: Mapping[str, Any]) -> str:
+    """Keep what a BIDS sidecar says: ``meta["modality"]``, ``meta["slice_thickness"]`` in mm; returns a remark where it contradicts."""
+    if isinstance(facts.get("Modality"), str):
+        image.meta["modality"] = facts["Modality"]
+    numbers: dict[str, Any] = {key: facts.get(key) for key in ("SliceThickness", "SpacingBetweenSlices")}
+    known = {key: float(value) for key, value in numbers.items() if type(value) in (int, float) and 0 < value < 1000}
+    if "SliceThickness" in known:
+        image.meta["slice_thickness"] = known["SliceThickness"]
+    distance = known.get("SpacingBetweenSlices")
+    sides = [float(s) for s in image.pixdim]
+    if distance and not np.isclose(sides, distance, rtol=0.02).any():
+        told = " x ".join(f"{s:.4g}" for s in sides)
+        return f"the sidecar says that slices are {distance:g} mm apart, the header that voxels are {told} mm: the header is used"
+    return ""
+
+
+def _without_padding(image: MetaTensor) -> tuple[MetaTensor, str]:
+    """Replace one negative value that fills a part of a volume without other negative values by 0; returns a remark."""
+    voxels = image.as_tensor()
+    low = float(voxels.min())
+    filled = voxels == low
+    share = float(filled.float().mean())
+    others = voxels[~filled]
+    if low >= 0 or share < 0.01 or not len(others) or float((others < 0).float().mean()) > 0.005 or -low < 0.1 * float(others.max()):
+        return image, ""
+    return MetaTensor(torch.where(filled, 0, voxels), meta=image.meta), f"{share:.1%} of the voxels are {low:g}: taken for padding, 0"
+
+
+def _without_nan(image: MetaTensor, path: str) -> tuple[MetaTensor, str]:
+    """Replace NaN by 0 where the file marks its background with it: where NaN reaches the border of the volume. Returns a remark.
+
+    Raises:
+        InputError: for other values that are not finite.
+    """
+    voxels = image.as_tensor()
+    unusable, nan = ~torch.isfinite(voxels), torch.isnan(voxels)
+    border = any(bool(nan.select(axis, end).any()) for axis in (1, 2, 3) for end in (0, -1))
+    count = int(unusable.sum())
+    if not count:
+        return image, ""
+    if not border or bool((unusable & ~nan).any()) or count == voxels.numel():
+        raise InputError(f"{path}: {count} voxels are not finite (NaN, or too large for float32)")
+    remark = f"{count} voxels ({count / voxels.numel():.1%}) are NaN: taken for background, 0"
+    return MetaTensor(torch.where(nan, 0, voxels), meta=image.meta), remark

@@ -1,0 +1,113 @@
+"""Before the work: will a volume fit into memory?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import psutil
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+from .errors import InputError
+from .headers import Header, file_format, in_mm, named_as_nibabel_wants, nrrd_field, read_header
+
+__all__ = ["CheckMemoryd", "available_memory"]
+
+# float32 volumes held at once, measured: as given, and on the refined grid
+GIVEN_COPIES, REFINED_COPIES = 4, 4
+PER_PIXEL = 1024  # bytes of feature maps for a pixel of a slice
+
+
+class CheckMemoryd(MapTransform):
+    """Refuse a volume that will not fit into the memory that is free, from its header, before any voxel is read.
+
+    Formats whose header cannot be read here (DICOM) are let through.
+
+    Args:
+        keys: file names.
+        factors: the transform that decides how much finer the grid becomes: :class:`bundle.grid.InPlaneFactorsd`, or
+            :class:`bundle.grid.IsotropicFactorsd`.
+        axial_slices: see :class:`bundle.transforms.AxialSlicesd`.
+
+    Raises:
+        InputError: naming the volume, what it needs and what there is.
+    """
+
+    def __init__(self, keys: KeysCollection, factors: MapTransform, axial_slices: Sequence[int] | None = None) -> None:
+        super().__init__(keys)
+        self.factors, self.axial_slices = factors, axial_slices
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping:
+        for key in self.keys:
+            needed, told = self._needed(str(data[key]))
+            free = available_memory()
+            if needed > free:
+                raise InputError(
+                    f"{data[key]}: {told} need about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; "
+                    "take some slices (--axial_slices) or a smaller refinement (--scale, --spacing)"
+                )
+        return data
+
+    def _needed(self, path: str) -> tuple[float, str]:
+        """Bytes, and the voxels that need them."""
+        try:
+            if not file_format(path) or not Path(path).is_file():
+                return 0, ""
+            header = read_header(path)
+            shape, affine = _to_ras(header, _affine_in_mm(path, header))
+        except Exception:  # what is wrong with it is said when it is loaded
+            return 0, ""
+        stub = MetaTensor(torch.zeros(1, 1, 1, 1), affine=torch.as_tensor(affine))
+        stub.meta["filename_or_obj"] = path
+        (key,) = self.factors.keys
+        factors = [*self.factors({key: stub})[key].meta["factor"], 1, 1][:3]
+        given = math.prod(shape)
+        if self.axial_slices is not None and len(self.axial_slices) == 2:
+            shape = (*shape[:2], min(shape[2], self.axial_slices[1] - self.axial_slices[0] + 1))
+        refined = [float(n * f) for n, f in zip(shape, factors)]
+        pixels = math.prod(sorted(refined)[-2:])
+        needed = 4 * (GIVEN_COPIES * given + REFINED_COPIES * math.prod(refined)) + PER_PIXEL * pixels
+        return needed, " x ".join(str(int(n)) for n in refined) + " voxels"
+
+
+def available_memory() -> int:
+    """Bytes that this process can still take: of the machine, of its control group, below its limit of address space."""
+    free = [psutil.virtual_memory().available]
+    try:  # a container
+        most = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if most != "max":
+            free.append(int(most) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    try:  # ulimit -v
+        limit = psutil.Process().rlimit(psutil.RLIMIT_AS)[0]
+        if limit != psutil.RLIM_INFINITY:
+            free.append(limit - psutil.Process().memory_info().vms)
+    except (AttributeError, psutil.Error):  # not on Linux
+        pass
+    return max(0, min(free))
+
+
+def _affine_in_mm(path: str, header: Header) -> np.ndarray:
+    kind = file_format(path)
+    if kind == "nifti":
+        with named_as_nibabel_wants(path) as name:
+            image: Any = nib.load(name)
+        return in_mm(header.affine, image.header.get_xyzt_units()[0])[0] if isinstance(image, nib.Nifti1Pair) else header.affine
+    units = nrrd_field(path, "space units").split() if kind == "nrrd" else []
+    return in_mm(header.affine, units[0])[0] if units else header.affine
+
+
+def _to_ras(header: Header, affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and affine of a volume with its axes in the order R, A, S."""
+    order = nib.orientations.io_orientation(affine)[:, 0].astype(int).tolist()
+    axes = [order.index(axis) for axis in range(3)]
+    shape = [*header.shape[:3], 1, 1][:3]
+    return tuple(shape[a] for a in axes), np.column_stack([*(affine[:, a] for a in axes), affine[:, 3]])

@@ -1,0 +1,249 @@
+"""From paths to volumes, and from volumes to subjects and splits."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import logging
+import math
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .arguments import paths
+from .dicom import find_dicom, is_dicom, passed_over
+from .errors import InputError
+from .files import RESULT_MARK
+from .headers import companions, file_format
+from .recognition import looks_like
+
+__all__ = ["find_volumes", "split_subjects"]
+
+logger = logging.getLogger(__name__)
+
+SUBJECT = r"(?:^|[/\\_])(sub-[0-9A-Za-z]+)"  # BIDS
+# what people keep scans in and we do not read
+OTHER_IMAGES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".tif",
+    ".tiff",
+    ".bmp",
+    ".gif",
+    ".zip",
+    ".tar",
+    ".tgz",
+    ".7z",
+    ".rar",
+    ".mnc",
+    ".par",
+    ".rec",
+    ".bz2",
+)
+
+
+def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> list[str]:
+    """Volumes at or below a path, sorted by name.
+
+    Args:
+        path: a file, a folder, a pattern (``"scans/*.nii.gz"``), or a list of them. A folder is searched with its subfolders; links to
+            folders are followed, hidden folders are not. A folder of DICOM slices counts as one volume, or, if it holds several series, as
+            ``folder/identifier`` for each of them.
+        pattern: file name patterns (``"*_t1ce.nii.gz"``). They replace the choice by format and content.
+
+    A file that is given by its own name is always taken. In a folder, label maps, series, colours and phase maps are passed over, as are
+    results of an earlier run and second names of one file. The log names what is passed over and says why.
+
+    Raises:
+        InputError: when a path does not exist, or no volume is found.
+    """
+    given = paths(path)
+    found: dict[str, str] = {}  # real path: path
+    passed: list[str] = []
+    for one in given:
+        for volume in _at(one, pattern, passed):
+            real = os.path.realpath(volume)
+            if found.setdefault(real, volume) != volume:
+                passed.append(f"{volume}: the same file as {found[real]}")
+    for line in passed:
+        logger.warning("passed over: %s", line)
+    if not found:
+        formats = "NIfTI, Analyze, FreeSurfer, MetaImage, NRRD, DICOM" if pattern is None else ", ".join(_patterns(pattern))
+        but = f"; {len(passed)} files passed over, the first: {passed[0]}" if passed else ""
+        raise InputError(f"{', '.join(given)}: holds no volume ({formats}){but}")
+    if passed:
+        logger.warning("%d volumes to do, %d files passed over", len(found), len(passed))
+    return sorted(found.values())
+
+
+def _patterns(pattern: str | Sequence[str]) -> Sequence[str]:
+    return [pattern] if isinstance(pattern, str) else pattern
+
+
+def _at(text: str, pattern: str | Sequence[str] | None, passed: list[str]) -> list[str]:
+    path = Path(text)
+    if not os.path.lexists(path):
+        matches = sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else []
+        if not matches:
+            why = "no file has a name like this" if glob.has_magic(text) else "no such file or folder"
+            raise InputError(f"{text}: {why}")
+        files = [Path(m) for m in matches if not os.path.isdir(m)]
+        inside = [volume for m in matches if os.path.isdir(m) for volume in _below(Path(m), pattern, passed)]
+        return _scans(files, pattern, passed) + inside
+    if not path.exists() and not path.is_symlink():
+        raise InputError(f"{path}: no such file or folder")
+    return _below(path, pattern, passed) if path.is_dir() else [str(path)]
+
+
+def _below(top: Path, pattern: str | Sequence[str] | None, passed: list[str]) -> list[str]:
+    if not os.access(top, os.R_OK | os.X_OK):
+        raise InputError(f"{top}: no permission to read this folder")
+    volumes = []
+    for folder, files in _folders(top, passed):
+        slices = [f for f in files if not file_format(f) and is_dicom(f)] if pattern is None else []
+        volumes += _scans([f for f in files if f not in slices], pattern, passed)
+        if slices:
+            volumes += find_dicom(folder, results=folder == top)
+            others = passed_over(folder)
+            passed += [f"{folder}: {others}"] if others else []
+    return volumes
+
+
+def _folders(top: Path, passed: list[str]) -> Iterator[tuple[Path, list[Path]]]:
+    """A folder and those below it, with their files: each folder once, by its real name where it has one, nothing hidden."""
+    seen: set[Path] = set()
+    folders, links = [top], list[Path]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        real = folder.resolve()
+        if real in seen or (folder != top and top.resolve().is_relative_to(real)):  # a second link, or a circle
+            passed.append(f"{folder}: a link to a folder that is searched already")
+            continue
+        seen.add(real)
+        try:
+            entries = sorted((e for e in os.scandir(folder) if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError as e:
+            passed.append(f"{folder}: {e.strerror}")
+            continue
+        for entry in entries:
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(Path(entry.path))
+        # a broken link is listed, and fails by its name later: data sets are often full of them
+        files = [e for e in entries if e.is_file() or (e.is_symlink() and not os.path.exists(e.path))]
+        yield folder, [Path(e.path) for e in sorted(files, key=lambda e: (e.is_symlink(), e.name))]
+
+
+def _scans(files: list[Path], pattern: str | Sequence[str] | None, passed: list[str]) -> list[str]:
+    """Those of some files that are volumes; says of the others why not, where they look like some kind of image."""
+    scans = []
+    others: Counter[str] = Counter()
+    for file in files:
+        if file.name.startswith("."):
+            continue
+        broken = file.is_symlink() and not file.exists()
+        if pattern is not None:
+            if any(file.match(p) for p in _patterns(pattern)) and not _is_result(file):
+                scans.append(str(file))
+            continue
+        if file.name.lower().endswith(".hdr") and companions(file):  # its voxels stand in the .img
+            continue
+        if file_format(file) and not _is_result(file):
+            why = "" if broken else looks_like(file)
+            if why:
+                passed.append(f"{file}: {why}")
+            else:
+                scans.append(str(file))
+        elif file_format(file):
+            others["results of earlier runs"] += 1
+        elif broken:
+            passed.append(f"{file}: a link to {file.readlink()}, which does not exist")
+        elif file.suffix.lower() in OTHER_IMAGES and not file.name.endswith("_sr.png"):
+            passed.append(f"{file}: {file.suffix} files are not read")
+        elif _holds_nifti(file):
+            passed.append(f"{file}: holds NIfTI; give it the extension .nii or .nii.gz")
+        else:
+            others[file.suffix or "no extension"] += 1
+    if others:
+        told = ", ".join(f"{number} x {what}" for what, number in sorted(others.items()))
+        logger.info("%s: other files, not read: %s", files[0].parent, told)
+    return scans
+
+
+def _start(file: Path, size: int = 352) -> bytes:
+    """First bytes of a file, decompressed where it is gzip; empty where it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(size)
+        if start[:2] == b"\x1f\x8b":
+            with gzip.open(file) as unzipped:
+                return unzipped.read(size)
+        return start
+    except (OSError, EOFError, zlib.error):
+        return b""
+
+
+def _holds_nifti(file: Path) -> bool:
+    start = _start(file)
+    return start[344:348] in (b"n+1\0", b"ni1\0") or start[4:8] == b"n+2\0"
+
+
+def _is_result(file: Path) -> bool:
+    """Whether a file was written by :class:`bundle.transforms.SaveVolumed`."""
+    return file.name.endswith("_sr.nii.gz") and RESULT_MARK.encode() in _start(file)
+
+
+def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str, subject_pattern: str | None = None) -> list[dict[str, str]]:
+    """The volumes of the subjects of one part of the data, in the order given. All volumes of one subject are in one part.
+
+    Args:
+        volumes: file names.
+        split: training, validation and test subjects: numbers of subjects, or fractions that add up to 1.
+        part: ``"train"``, ``"validation"`` or ``"test"``.
+        subject_pattern: regular expression for the subject in a path; its first group, or all of it, is the subject. ``None`` takes BIDS
+            names (``sub-01``). A volume whose path does not match is a subject of its own.
+
+    Returns:
+        ``[{"image": volume}, ...]``
+
+    Raises:
+        InputError: when there are fewer subjects than the split needs, or a part would be empty.
+    """
+    parts = ("train", "validation", "test")
+    if part not in parts or len(split) != 3 or min(split) < 0:
+        raise ValueError(f"one of {parts} and three numbers expected, got {part!r} and {split}")
+    subjects = _by_subject(volumes, subject_pattern or SUBJECT)
+    if all(float(n).is_integer() for n in split):
+        counts = [int(n) for n in split]
+    elif not math.isclose(sum(split), 1):
+        raise ValueError(f"split must be numbers of subjects, or fractions that add up to 1, got {list(split)}")
+    else:
+        validation, test = (max(1, round(len(subjects) * fraction)) for fraction in split[1:])
+        counts = [len(subjects) - validation - test, validation, test]
+    if min(counts) < 1 or sum(counts) > len(subjects):
+        of = "" if len(subjects) == len(volumes) else f" ({len(volumes)} volumes)"
+        raise InputError(f"split {list(split)} needs {max(sum(counts), 3)} subjects or more, found {len(subjects)}{of}")
+    start = sum(counts[: parts.index(part)])
+    chosen = subjects[start : start + counts[parts.index(part)]]
+    return [{"image": volume} for subject in chosen for volume in subject]
+
+
+def _by_subject(volumes: Sequence[str], pattern: str) -> list[list[str]]:
+    """Volumes of each subject, in the order of their first ones. What all paths begin with says nothing about subjects."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as e:
+        raise InputError(f"subject_pattern {pattern!r}: not a regular expression ({e})") from e
+    names = [str(v) for v in volumes]
+    shared = len(os.path.commonpath([os.path.dirname(n) for n in names])) if names else 0
+    subjects: dict[str, list[str]] = {}
+    for name in names:
+        matches = list(expression.finditer(name[shared:]))
+        # the last one: a file's own name goes before that of a folder
+        key = "subject " + matches[-1][matches[-1].re.groups and 1] if matches else name
+        subjects.setdefault(key, []).append(name)
+    return list(subjects.values())

@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+import toy
+from monai.data import MetaTensor
+
+from bundle.intensity import ClipToInputRanged, ScaleIntensityByPercentiled, find_scale
+
+SHAPE = (64, 60, 20)
+
+
+def test_hot_spots_do_not_set_the_scale():
+    head = toy.head(SHAPE)
+    hot = head.copy()
+    hot[:4, :10, :8] = 60000
+    scale = find_scale(hot)
+    assert scale.scale == pytest.approx(find_scale(head).scale, rel=5e-3)
+    assert scale.remarks[0].startswith("hot spots")
+    assert not find_scale(head).remarks
+
+
+@pytest.mark.parametrize("offset", [-300, 500, 10000])
+def test_offset_is_subtracted_and_restored(offset):
+    head = toy.head(SHAPE)
+    scale = find_scale(head + offset)
+    assert (scale.offset, scale.scale) == (offset, pytest.approx(find_scale(head).scale, rel=1e-3))
+    transform = ScaleIntensityByPercentiled("image")
+    image = {"image": MetaTensor(head[None] + offset)}
+    np.testing.assert_allclose(transform.inverse(transform(image))["image"][0], head + offset, atol=0.01)
+
+
+def test_noise_in_the_air_is_said():
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in SHAPE), indexing="ij")
+    inside = x**2 + y**2 + z**2 < 0.8
+    head = (np.where(inside, 1800 + 1200 * np.sin(3 * x) + 500 * np.cos(4 * y), 0)).astype(np.float32)
+    uni = np.where(inside, head, np.random.default_rng(0).uniform(0, 4095, SHAPE)).astype(np.float32)
+    scale = find_scale(uni)
+    assert "noise of full strength" in scale.remarks[0]
+    assert scale.scale == pytest.approx(find_scale(head).scale, rel=0.1)
+    assert not find_scale(head).remarks
+
+
+@pytest.mark.parametrize(("bounds", "expected"), [((0, 100), (0, 110)), ((20, 100), (0, 110)), ((-50, 100), (-55, 110))])
+def test_clip_keeps_the_input_s_range(bounds, expected):
+    image = MetaTensor(np.linspace(-500, 500, 64, dtype=np.float32).reshape(1, 4, 4, 4), meta={"intensity_range": list(bounds)})
+    clipped = ClipToInputRanged("pred")({"pred": image})["pred"]
+    assert (float(clipped.min()), float(clipped.max())) == pytest.approx(expected)
+    kept = ClipToInputRanged("pred", clip="false")({"pred": image})["pred"]
+    np.testing.assert_array_equal(kept, image)

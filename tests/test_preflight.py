@@ -1,0 +1,54 @@
+import nibabel as nib
+import numpy as np
+import pytest
+import toy
+from monai.transforms import Orientation
+
+from bundle import preflight
+from bundle.errors import InputError, PassedOver
+from bundle.grid import InPlaneFactorsd, IsotropicFactorsd, ThickAxisLastd
+from bundle.loading import LoadVolumed
+from bundle.preflight import CheckMemoryd, available_memory
+from bundle.results import CompareWithTrainingd
+from bundle.transforms import AxialSlicesd
+
+
+def load(path):
+    return LoadVolumed("image")({"image": str(path)})
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "PIR"])
+def test_too_large_a_volume_is_refused(axcodes, tmp_path, monkeypatch):
+    path = toy.write_nifti(tmp_path / "a.nii", *toy.stored_as(axcodes, toy.head(), toy.affine()))
+    monkeypatch.setattr(preflight, "available_memory", lambda: 7 << 20)
+    CheckMemoryd("image", InPlaneFactorsd("image", 1))({"image": str(path)})
+    with pytest.raises(InputError, match=r"a\.nii: 400 x 360 x 6 voxels need about .* take some slices \(--axial_slices\)"):
+        CheckMemoryd("image", InPlaneFactorsd("image", spacing=0.1))({"image": str(path)})
+
+
+def test_free_memory_is_known():
+    assert 1 << 20 < available_memory() < 1 << 50
+
+
+def test_isotropic_volume_is_passed_over(tmp_path):
+    data = load(toy.write_nifti(tmp_path / "a.nii", to_world=toy.affine((0.94, 0.94, 1))))
+    with pytest.raises(PassedOver, match="isotropic already"):
+        IsotropicFactorsd("image")(data)
+    assert IsotropicFactorsd("image", spacing=0.5)(data)["image"].meta["factor"] == pytest.approx([1.88, 1.88, 2])
+
+
+def test_thick_slices_are_advised(tmp_path):
+    for spacing, advised in (((1, 1, 5), True), ((5, 1, 1), True), ((1, 1, 2), False)):
+        data = load(toy.write_nifti(tmp_path / "a.nii", to_world=toy.affine(spacing)))
+        data = CompareWithTrainingd("image")(InPlaneFactorsd("image", 2)(data))
+        assert any("configs/isotropic.json" in line for line in data["report"]["warnings"]) == advised
+
+
+def test_axial_slices_of_sagittal_ones_are_refused(tmp_path):
+    array, to_world = toy.head((6, 36, 40)), toy.affine((5, 1, 1))
+    data = ThickAxisLastd("image")(load(toy.write_nifti(tmp_path / "a.nii", array, to_world)))
+    with pytest.raises(InputError, match="its thick slices are not axial"):
+        AxialSlicesd("image", [2, 3])(data)
+    data["image"] = Orientation("RAS", labels=None)(data["image"])
+    assert AxialSlicesd("image", [2, 3])(data)["image"].shape[3] == 2
+    assert nib.load(tmp_path / "a.nii").shape == np.shape(array)

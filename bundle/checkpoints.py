@@ -17,6 +17,7 @@ from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import from_engine
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from .errors import InputError, switch
 from .files import write_atomically
@@ -67,6 +68,7 @@ class Checkpoints:
         evaluator: validation engine, whose best metric decides about ``model.pt``; ``None`` without validation.
         resume: whether to go on from ``last.pt`` where there is one.
         settings: of the training, kept in ``last.pt``: a run with others cannot be resumed.
+        average: moving average of the weights (:class:`torch.optim.swa_utils.AveragedModel`), which ``model.pt`` then holds.
     """
 
     def __init__(
@@ -78,10 +80,14 @@ class Checkpoints:
         evaluator: SupervisedEvaluator | None = None,
         resume: bool | str = False,
         settings: Mapping[str, Any] | None = None,
+        average: AveragedModel | None = None,
     ):
         self.last, self.best = Path(save_dir) / "last.pt", Path(save_dir) / "model.pt"
         self.network = network.module if isinstance(network, DistributedDataParallel) else network
         self.parts = {"network": self.network, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        self.best_network = self.network if average is None else average.module
+        if average is not None:
+            self.parts["average"] = average
         self.evaluator, self.resume = evaluator, switch("resume", resume)
         self.settings = json.loads(json.dumps(settings or {}, default=float))
 
@@ -154,7 +160,7 @@ class Checkpoints:
             return
         best = (self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch) if self.evaluator else (-1, -1)
         if best[1] in (trainer.state.epoch, -1):
-            write_atomically(self.best, lambda part: torch.save(self.network.state_dict(), part))
+            write_atomically(self.best, lambda part: torch.save(self.best_network.state_dict(), part))
         state = {
             **{name: part.state_dict() for name, part in self.parts.items()},
             "iteration": trainer.state.iteration,

@@ -165,22 +165,19 @@ def phases(factors: Sequence[float], rows: slice, columns: slice) -> Tensor:
     return torch.stack(maps).float()
 
 
-def conditions(
-    factors: Sequence[float], rows: slice, columns: slice, widths: Sequence[float | None] = (None, None), noise: float = 0.0
-) -> Tensor:
+def conditions(factors: Sequence[float], rows: slice, columns: slice, widths: Sequence[float] = (0, 0), noise: float = 0.0) -> Tensor:
     """What the general network is told of a slice, pixel by pixel.
 
     Args:
         factors, rows, columns: as of :func:`phases`.
-        widths: slice thickness over slice distance, for an axis across which slices lie and where it is known; else ``None``.
+        widths: slice thickness over slice distance, for an axis across which slices lie and where it is known; else 0.
         noise: standard deviation, on the scale of the intensities.
 
     Returns:
-        (9, H, W): :func:`phases`, then, constant, both widths (0 where they are unknown) and the noise in units of 0.02, so that all are of
-        order 1.
+        (9, H, W): :func:`phases`, then, constant, both widths and the noise in units of 0.02, so that all are of order 1.
     """
     maps = phases(factors, rows, columns)
-    facts = torch.tensor([*(width or 0.0 for width in widths), noise / NOISE_UNIT])
+    facts = torch.tensor([*widths, noise / NOISE_UNIT], dtype=torch.float32)
     return torch.cat([maps, facts[:, None, None].expand(3, *maps.shape[1:])])
 
 

@@ -107,13 +107,10 @@ def find_series(folder: str | Path) -> dict[str, list[str]]:
 def find_dicom(folder: str | Path, results: bool = False) -> list[str]:
     """Paths of the volumes in a folder, without its subfolders: the folder itself where it holds one, else ``folder/identifier`` of each.
 
-    DICOM files that are no slices are named in the log. Results of an earlier super-resolution are left out, unless there is nothing
+    Results of an earlier super-resolution are left out, unless there is nothing
     else and ``results`` asks for them.
     """
     volumes = volumes_in(folder)[0]
-    others = passed_over(folder)
-    if others:
-        logger.warning("%s: passed over: %s", folder, others)
     scans = {name: slices for name, slices in volumes.items() if not slices[0].result}
     names = scans or (volumes if results else {})
     return [str(folder)] if len(names) == len(volumes) == 1 else [str(Path(folder) / name) for name in names]

@@ -111,15 +111,15 @@ class ForegroundInferer(SliceInferer):
         return outputs
 
     def _telling(self, network: Callable[..., Any], inputs: Tensor) -> Callable[[slice, slice], Callable[..., Any]]:
-        """For a part of the slices, the network that is told its phases."""
+        """For a part of the slices, the network that is told what is known of it."""
         factors = [float(factor) for factor in [*inputs.meta["factor"], 1.0][:3]]  # type: ignore[attr-defined]  # of slices, in-plane
-        widths = [None, None, inputs.meta.get("slice_width")]  # type: ignore[attr-defined]
+        widths = [0.0, 0.0, float(inputs.meta.get("slice_width", 0))]  # type: ignore[attr-defined]
         noise = float(inputs.meta.get("noise", 0))  # type: ignore[attr-defined]
         del factors[self.spatial_dim], widths[self.spatial_dim]
 
         def told(rows: slice, columns: slice) -> Callable[..., Any]:
-            maps = conditions(factors, rows, columns, widths, noise).to(inputs)
-            maps = maps if self.facts else maps[:6]
+            maps = conditions(factors, rows, columns, widths, noise)
+            maps = (maps if self.facts else maps[:6]).to(inputs.device, inputs.dtype)
             return lambda x, *args, **kwargs: network(torch.cat([x, maps.expand(len(x), *maps.shape)], 1), *args, **kwargs)
 
         return told

@@ -24,10 +24,10 @@ THICK = 1.4  # times the smallest spacing: an axis that is coarser is left to th
 class RandomAcquisition:
     """Draws acquisitions as scanners make them.
 
-    Half of them are coarse within the plane: k-space truncation (half of these; 85 to 100 % of it covered, a tenth less, with and
-    without apodisation), the paper's bicubic, box and Gaussian point spreads. The others are planes across thick slices: Gaussian, box and trapezoid
-    profiles, 60 to 120 % of the slice distance wide, in half of the cases told, with up to 3 % of alternating brightness; an eighth of them
-    are coarse along the other axis too. Noise: none (3 of 10), up to 2 % (4), up to 6 % (3). A third is stored in whole numbers.
+    Within the plane: k-space truncation in half of the cases, with 85 to 100 % of it covered (60 to 85 % in one of ten), with and without
+    apodisation; else the paper's bicubic, box or Gaussian point spreads. Across thick slices: Gaussian, box and trapezoid profiles, 60 to
+    120 % of the slice distance wide, told in half of the cases, with up to 3 % of alternating brightness; one of eight is coarse along
+    the other axis too. Noise: none (3 of 10), up to 2 % (4), up to 6 % (3). A third is stored in whole numbers.
 
     Args:
         in_plane: the smallest and the largest factor within the plane.
@@ -42,18 +42,18 @@ class RandomAcquisition:
         for factors in (in_plane, across):
             if check_factor(factors)[0] > factors[1]:
                 raise InputError(f"factors must be the smallest and the largest, got {factors}")
-        self.in_plane, self.across, self.thick = tuple(in_plane), tuple(across), thick
+        self.in_plane, self.across, self.thick = check_factor(in_plane), check_factor(across), thick
 
-    def __call__(self, random: np.random.Generator) -> tuple[Acquisition, tuple[float | None, float | None]]:
+    def __call__(self, random: np.random.Generator) -> tuple[Acquisition, tuple[float, float]]:
         """An acquisition of the rows and the columns of a slice, and the widths of the slice profile that are told."""
         noise = float(random.choice([0, random.uniform(0, 0.02), random.uniform(0.02, 0.06)], p=[0.3, 0.4, 0.3]))
         step = 1 / random.uniform(200, 4000) if random.random() < 1 / 3 else 0.0
         if random.random() < self.thick:
             sampling = self._across(random)
             other = self._within(random) if random.random() < 1 / 8 else Sampling()
-            told = sampling.width if random.random() < 0.5 else None
+            told = sampling.width if random.random() < 0.5 else 0.0
             brightness = random.uniform(0, 0.03) if random.random() < 0.3 else 0.0
-            return Acquisition((sampling, other), noise, brightness, step), (told, None)
+            return Acquisition((sampling, other), noise, brightness, step), (told, 0.0)
         first = self._within(random)
         if random.random() < 0.7:
             second = first
@@ -62,7 +62,7 @@ class RandomAcquisition:
         else:
             second = Sampling(random.uniform(*self.in_plane), first.profile, first.width, first.coverage, first.window)
         axes = (first, second) if random.random() < 0.5 else (second, first)
-        return Acquisition(axes, noise, 0.0, step), (None, None)
+        return Acquisition(axes, noise, 0.0, step), (0.0, 0.0)
 
     def _within(self, random: np.random.Generator) -> Sampling:
         low, high = self.in_plane

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import paths
-from .dicom import find_dicom, is_dicom, passed_over
+from .dicom import find_dicom, find_series, is_dicom, passed_over
 from .errors import InputError
 from .files import RESULT_MARK
 from .headers import companions, file_format
@@ -67,9 +67,10 @@ def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> list[
     passed: list[str] = []
     for one in given:
         for volume in _at(one, pattern, passed):
-            real = os.path.realpath(volume)
-            if found.setdefault(real, volume) != volume:
-                passed.append(f"{volume}: the same file as {found[real]}")
+            identity = _identity(volume)
+            if found.setdefault(identity, volume) != volume:
+                what = "the same file" if os.path.exists(identity) else "a slice of the same series"
+                passed.append(f"{volume}: {what} as {found[identity]}")
     for line in passed:
         logger.warning("passed over: %s", line)
     if not found:
@@ -79,6 +80,16 @@ def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> list[
     if passed:
         logger.warning("%d volumes to do, %d files passed over", len(found), len(passed))
     return sorted(found.values())
+
+
+def _identity(volume: str) -> str:
+    """The file, or the DICOM series that it is a slice of."""
+    real = os.path.realpath(volume)
+    if os.path.isfile(real) and not file_format(real) and is_dicom(real):
+        for identifier, files in find_series(os.path.dirname(real)).items():
+            if real in files:
+                return str(Path(real).with_name(identifier))
+    return real
 
 
 def _patterns(pattern: str | Sequence[str]) -> Sequence[str]:
@@ -94,7 +105,8 @@ def _at(text: str, pattern: str | Sequence[str] | None, passed: list[str]) -> li
             raise InputError(f"{text}: {why}")
         files = [Path(m) for m in matches if not os.path.isdir(m)]
         inside = [volume for m in matches if os.path.isdir(m) for volume in _below(Path(m), pattern, passed)]
-        return _scans(files, pattern, passed) + inside
+        slices = [f for f in files if not file_format(f) and is_dicom(f)] if pattern is None else []
+        return _scans([f for f in files if f not in slices], pattern, passed) + [str(f) for f in slices] + inside
     if not path.exists() and not path.is_symlink():
         raise InputError(f"{path}: no such file or folder")
     return _below(path, pattern, passed) if path.is_dir() else [str(path)]

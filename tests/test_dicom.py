@@ -115,12 +115,17 @@ class TestFinding:
         folder = toy_dicom.add_screenshot(toy.write_dicom(tmp_path / "series"))
         for path in folder.glob("slice*"):
             path.unlink()
-        with pytest.raises(InputError, match=r"holds no volume .*; passed over: .*screenshot\.dcm"):
+        with pytest.raises(InputError, match=r"holds no volume .*; 1 files passed over, the first: .*screenshot\.dcm \(Secondary"):
             find_volumes(folder)
         with pytest.raises(InputError, match=r"screenshot\.dcm: no slice of a scan \(Secondary Capture Image Storage: a screenshot"):
             load(folder / "screenshot.dcm")
         with pytest.raises(InputError, match=r"holds no slices of a scan \(.*screenshot\.dcm"):
             load(folder)
+
+    def test_slices_given_one_by_one_are_one_volume(self, tmp_path):
+        folder = toy.write_dicom(tmp_path / "series")
+        first = str(folder / "slice001.dcm")
+        assert find_volumes(f"{folder}/*.dcm") == find_volumes([first, str(folder / "slice002.dcm")]) == [first]
 
     def test_picture_without_a_place_is_passed_over_beside_slices(self, tmp_path, caplog):
         folder = toy.write_dicom(tmp_path / "series")
@@ -163,7 +168,7 @@ class TestLoading:
         finer = image.repeat_interleave(2, -1)
         seen = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("bundle.transforms.acquire_slices", lambda *given: seen.append(given[1:]) or image.as_tensor())
+            patch.setattr("bundle.results.acquire_slices", lambda *given: seen.append(given[1:]) or image.as_tensor())
             finer.meta, finer.affine = image.meta, image.affine
             Consistencyd(["image", "pred"])({"given": image.as_tensor(), "image": finer, "pred": finer})
         assert seen == [(2.0, "box", pytest.approx(0.2))] * 2

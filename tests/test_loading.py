@@ -6,8 +6,9 @@ import pytest
 import toy
 
 from bundle.errors import InputError
-from bundle.files import fingerprint, result_path
+from bundle.files import fingerprint
 from bundle.loading import LoadVolumed
+from bundle.results import Results
 
 
 def load(path):
@@ -23,7 +24,7 @@ def test_extensions_in_upper_case(tmp_path):
     (tmp_path / "f.hdr").rename(tmp_path / "F.Hdr")
     for name in ("A.NII.GZ", "B.Nii.gz", "C.NII", "D.NRRD", "E.MHA", "F.Img"):
         np.testing.assert_array_equal(np.abs(load(tmp_path / name))[0].sum(), toy.head().sum())
-        assert result_path(str(tmp_path / name), "", str(tmp_path), "").name == name[0]
+        assert Results("", str(tmp_path), []).path(str(tmp_path / name), "").name == name[0]
 
 
 @pytest.mark.parametrize("name", ["a.mgz", "a.mgh", "A.MGZ"])

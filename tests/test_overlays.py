@@ -12,7 +12,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORKS = [f"networks/{path.stem}" for path in sorted((CONFIGS / "networks").glob("*.json"))]
 DATASETS = [f"datasets/{path.stem}" for path in sorted((CONFIGS / "datasets").glob("*.json"))]
 OF_TRAINING = [
-    *NETWORKS, *DATASETS, "any_factor", "thick_slices", "evaluate", "evaluate_thick_slices", "measure_ranges",
+    *NETWORKS, *DATASETS, "any_factor", "thick_slices", "random_acquisitions", "evaluate", "evaluate_thick_slices", "measure_ranges",
     "multi_gpu_train", "multi_gpu_evaluate",
 ]  # fmt: skip
 OF_INFERENCE = [

@@ -161,6 +161,7 @@ def table(tried) -> str:
         why = failures[path].removeprefix(f"{path}: ")
         # what a reader says in brackets changes with its version
         why = re.sub(r"(cannot be read[^(]*) \(.*\)$", r"\1 (…)", why)
+        why = re.sub(r"memory, \S+ GiB are free", "memory, … GiB are free", why)
         lines.append(f"| {what} | refused: {why} |")
     return "\n".join(lines) + "\n"
 

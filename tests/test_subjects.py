@@ -6,8 +6,8 @@ import pytest
 import toy
 
 from bundle.errors import InputError
-from bundle.files import results_root
 from bundle.loading import LoadVolumed
+from bundle.results import Results
 from bundle.subjects import find_volumes, split_subjects
 
 
@@ -59,10 +59,10 @@ def test_patterns_and_lists(tmp_path, monkeypatch):
         toy.write_nifti(tmp_path / folder / f"{name}.nii")
     monkeypatch.chdir(tmp_path)
     assert find_volumes("x/*.nii") == ["x/1.nii", "x/2.nii"]
-    assert results_root("x/*.nii", ["x/1.nii", "x/2.nii"]) == str(tmp_path / "x")
+    assert Results("", "x/*.nii", ["x/1.nii", "x/2.nii"]).root == str(tmp_path / "x")
     both = ["x/1.nii", "y"]
     assert find_volumes(both) == ["x/1.nii", "y/1.nii"]
-    assert results_root(both, ["x/1.nii", "y/1.nii"]) == str(tmp_path)
+    assert Results("", both, ["x/1.nii", "y/1.nii"]).root == str(tmp_path)
     with pytest.raises(InputError, match=r"z/\*\.nii: no file has a name like this"):
         find_volumes("z/*.nii")
 

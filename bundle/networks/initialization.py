@@ -5,17 +5,21 @@ Default initialisations start far below it and spend their first epochs learning
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import nn
 
 __all__ = ["pass_image_through", "start_at_zero"]
 
+Layer = TypeVar("Layer", bound=nn.Module)
 
-def start_at_zero(convolution: nn.Conv2d) -> nn.Conv2d:
-    """For the last convolution before a global residual: the untrained network returns its input."""
-    for parameter in convolution.parameters():
+
+def start_at_zero(layer: Layer) -> Layer:
+    """For the last layer before a residual is added: the untrained network returns its input."""
+    for parameter in layer.parameters():
         nn.init.zeros_(parameter)
-    return convolution
+    return layer
 
 
 @torch.no_grad()

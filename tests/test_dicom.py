@@ -170,7 +170,7 @@ class TestLoading:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("bundle.results.acquire_slices", lambda *given: seen.append(given[1:]) or image.as_tensor())
             finer.meta, finer.affine = image.meta, image.affine
-            Consistencyd(["image", "pred"])({"given": image.as_tensor(), "image": finer, "pred": finer})
+            Consistencyd(["image", "pred"])({"before": image.as_tensor(), "image": finer, "pred": finer})
         assert seen == [(2.0, "box", pytest.approx(0.2))] * 2
 
     def test_one_file_stands_for_its_series(self, tmp_path):

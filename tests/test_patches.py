@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+import torch
+import toy
+from monai.data import MetaTensor
+
+from bundle.acquisition import Acquisition, Sampling
+from bundle.acquisition_report import measure_acquisitions
+from bundle.degradation import conditions, enlarge, phases
+from bundle.errors import InputError
+from bundle.networks import PixelShuffleResidualNet
+from bundle.patches import AcquiredPatches, RandomAcquisition, RandomContrast
+
+
+def volume(shape=(70, 64, 60), spacing=(1, 1, 1), name="a.nii.gz"):
+    image = MetaTensor(torch.from_numpy(toy.head(shape))[None].float(), affine=torch.diag(torch.tensor([*spacing, 1.0])))
+    image = image / image.max()
+    image.meta["filename_or_obj"] = name
+    return {"image": image}
+
+
+class Fixed:
+    """An acquisition that is always the same, in the place of a random one."""
+
+    def __call__(self, random):
+        return Acquisition((Sampling(2), Sampling(1.5)), noise=0.02), (0.8, 0.0)
+
+
+class TestAcquiredPatches:
+    def test_items_are_a_function_of_seed_and_index(self):
+        first, second = (AcquiredPatches([volume(), volume()], RandomAcquisition(), RandomContrast(), size=32, seed=3) for _ in range(2))
+        for index in (0, 5, 1000):
+            for a, b in zip(first[index], second[index]):
+                assert torch.equal(a["image"], b["image"])
+                assert torch.equal(a["label"], b["label"])
+        other = AcquiredPatches([volume(), volume()], RandomAcquisition(), RandomContrast(), size=32, seed=4)
+        assert not torch.equal(first[0][0]["image"], other[0][0]["image"])
+
+    def test_the_network_is_told_what_was_done(self):
+        patches = AcquiredPatches([volume()], Fixed(), size=32, patches_per_slice=5)[0]
+        assert len(patches) == 5
+        for patch in patches:
+            assert patch["image"].shape == (10, 32, 32)
+            assert patch["label"].shape == (1, 32, 32)
+            told = patch["image"][[3, 6, 7, 8], 0, 0]
+            torch.testing.assert_close(told, torch.tensor([1 / 2, 1 / 1.5, 0.8, 0.0]))
+            assert 0.5 < float(patch["image"][9, 0, 0]) < 2  # in units of 0.02, and not to the last digit
+            assert float((patch["image"][0] - patch["label"][0]).abs().mean()) < 0.1
+
+    def test_planes_across_thick_slices_are_no_truth(self):
+        data = AcquiredPatches([volume((64, 60, 50), (1, 1, 4))], RandomAcquisition(), size=32)
+        assert [planes for _, planes in data.volumes] == [[2]]
+
+    def test_a_volume_without_a_plane_is_refused_by_name(self):
+        with pytest.raises(InputError, match=r"b\.nii\.gz: 40 x 64 x 60 voxels have no plane of 48 x 48"):
+            AcquiredPatches([volume((40, 64, 60), (1, 1, 4), "b.nii.gz")], RandomAcquisition(), size=48)
+
+    @pytest.mark.parametrize("factors", [(2, 1), (0.5, 2)])
+    def test_factors_are_checked(self, factors):
+        with pytest.raises(InputError, match="factor"):
+            RandomAcquisition(in_plane=factors)
+
+    def test_contrast_keeps_the_air(self):
+        random = np.random.default_rng(0)
+        contrast = RandomContrast(probability=1, bias=1)
+        image = torch.linspace(0, 1.2, 64).expand(8, 64).contiguous()
+        for _ in range(20):
+            changed = contrast(image, random)
+            assert float(changed[:, 0].abs().max()) < 1e-6
+            assert bool(torch.isfinite(changed).all())
+
+
+class TestConditions:
+    def test_positions_then_facts(self):
+        maps = conditions((2, 3), slice(0, 5), slice(1, 7), (0.8, 0), 0.03)
+        assert maps.shape == (9, 5, 6)
+        assert torch.equal(maps[:6], phases((2, 3), slice(0, 5), slice(1, 7)))
+        torch.testing.assert_close(maps[6:, 2, 2], torch.tensor([0.8, 0, 1.5]))
+
+    def test_facts_change_the_result_of_a_trained_network_only(self):
+        network = PixelShuffleResidualNet(features=8, num_blocks=2, phases=True, facts=3)
+        image, none, much = torch.rand(1, 1, 12, 12), *(conditions((2, 2), slice(0, 12), slice(0, 12), noise=n)[None] for n in (0, 0.05))
+        torch.testing.assert_close(network(torch.cat([image, none], 1)), image)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        first, second = (network(torch.cat([image, maps], 1)) for maps in (none, much))
+        assert float((first - second).abs().max()) > 1e-4
+
+    def test_weights_of_a_network_without_facts_are_taken(self):
+        plain = PixelShuffleResidualNet(features=8, num_blocks=2)
+        for parameter in plain.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        told = PixelShuffleResidualNet(features=8, num_blocks=2, phases=True, facts=3)
+        told.load_state_dict(plain.state_dict())
+        image = torch.rand(1, 1, 12, 12)
+        maps = conditions((2, 2), slice(0, 12), slice(0, 12), noise=0.02)[None]
+        torch.testing.assert_close(told(torch.cat([image, maps], 1)), plain(image))
+
+    def test_facts_need_phases(self):
+        with pytest.raises(ValueError, match="facts=3"):
+            PixelShuffleResidualNet(facts=3)
+
+
+class TestReport:
+    def test_interpolation_gains_nothing_over_itself(self, tmp_path):
+        network = PixelShuffleResidualNet(features=4, num_blocks=1, phases=True, facts=3)
+        table = measure_acquisitions([volume()], network, str(tmp_path), slices=3)
+        assert {row.split(":")[0] for row in table} == {"x2", "5 mm"}
+        for row, volumes in table.items():
+            values = volumes["a.nii.gz"]
+            assert values["psnr"] == pytest.approx(values["spline"], abs=0.1), row
+            assert values["gain"] <= 0.1
+        text = (tmp_path / "acquisitions.md").read_text()
+        assert "| x2: k-space truncation | 1 |" in text
+        assert (tmp_path / "acquisitions.json").is_file()
+
+    def test_thick_slices_only_of_thin_ones(self, tmp_path):
+        network = PixelShuffleResidualNet(features=4, num_blocks=1, phases=True, facts=3)
+        table = measure_acquisitions([volume((64, 60, 50), (1, 1, 4))], network, str(tmp_path), slices=2)
+        assert not any("mm" in row for row in table)
+
+
+def test_enlarged_to_the_size_that_it_had():
+    image = torch.rand(33, 41)
+    coarse = Acquisition((Sampling(2), Sampling(2.5)))(image)
+    for mode in ("spline", "bicubic", "kspace"):
+        assert enlarge(coarse, (2, 2.5), image.shape, mode).shape == image.shape

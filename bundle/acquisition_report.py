@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .acquisition import Acquisition, Sampling
@@ -44,7 +44,7 @@ ACROSS: dict[str, tuple[str, float, float]] = {
 
 def measure_acquisitions(
     volumes: Sequence[Mapping[str, MetaTensor]],
-    network: Callable[[Tensor], Tensor],
+    network: nn.Module,
     output_dir: str,
     factors: Sequence[float] = (2,),
     thicknesses: Sequence[float] = (5,),
@@ -53,6 +53,7 @@ def measure_acquisitions(
     interpolation: str = "spline",
     slices: int = 12,
     tell_noise: bool = True,
+    device: torch.device | None = None,
     seed: int = 0,
 ) -> dict:
     """Acquire high-resolution volumes at low resolution, bring them back, and compare with cubic B-splines and zero-filling.
@@ -69,11 +70,13 @@ def measure_acquisitions(
         interpolation: of the network's input, in-plane.
         slices: axial slices of each volume for the in-plane rows, evenly spaced; planes across thick slices are all used.
         tell_noise: whether the network is told the noise, or 0.
+        device: where the network is; ``None`` is the CPU.
         seed: of the noise.
 
     Returns:
         row to ``{volume: {"psnr": ..., "better interpolation": ..., "gain": ...}}``, PSNR in dB over the pixels above 0.05 of the truth.
     """
+    network.eval()
     told: dict[str, Any] = {"phases": phases, "facts": facts}
     within = ForegroundInferer(roi_size=(-1, -1), spatial_dim=2, sw_batch_size=4, **told)
     across = OrthogonalSlices(sw_batch_size=4, **told)
@@ -90,7 +93,7 @@ def measure_acquisitions(
                 spline, filled = (enlarge(scan, (factor, factor), size, mode) for mode in ("spline", "kspace"))
                 given = spline if interpolation == "spline" else enlarge(scan, (factor, factor), size, interpolation)
                 meta = {"factor": [factor, factor], "noise": noise if tell_noise else 0.0}
-                result = _apply(within, network, given.movedim(0, -1), meta).movedim(-1, 0)
+                result = _apply(within, network, given.movedim(0, -1), meta, device).movedim(-1, 0)
                 _note(table, f"x{factor:g}: {title}", name_of(image), chosen, result, {"spline": spline, "zero-filled": filled})
         for thickness in thicknesses:
             factor = round(thickness / float(image.pixdim[2]), 4)
@@ -102,7 +105,7 @@ def measure_acquisitions(
                 scan = Acquisition(axes, noise, step=STEP)(body, np.random.default_rng(seed))
                 spline = interpolate_slices(scan, factor, body.shape[2])
                 meta = {"factor": [1.0, 1.0, factor], "noise": noise if tell_noise else 0.0, "slice_width": width}
-                result = _apply(across, network, spline, meta)
+                result = _apply(across, network, spline, meta, device)
                 _note(table, f"{thickness:g} mm: {title}", name_of(image), body, result, {"spline": spline})
         write_json(Path(output_dir) / "acquisitions.json", {"rows": table})
         write_atomically(Path(output_dir) / "acquisitions.md", lambda path: path.write_text(_markdown(table), encoding="utf-8"))
@@ -110,9 +113,10 @@ def measure_acquisitions(
     return table
 
 
-def _apply(inferer: Callable, network: Callable, volume: Tensor, meta: dict) -> Tensor:
+def _apply(inferer: Callable, network: nn.Module, volume: Tensor, meta: dict, device: torch.device | None) -> Tensor:
     with torch.no_grad():
-        return torch.as_tensor(inferer(MetaTensor(volume[None, None], meta=meta), network)).as_subclass(Tensor)[0, 0]
+        result = inferer(MetaTensor(volume[None, None], meta=meta).to(device), network)
+    return torch.as_tensor(result).as_subclass(Tensor)[0, 0].cpu()
 
 
 def _evenly(volume: Tensor, count: int) -> Tensor:

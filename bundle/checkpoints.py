@@ -68,7 +68,7 @@ class Checkpoints:
         evaluator: validation engine, whose best metric decides about ``model.pt``; ``None`` without validation.
         resume: whether to go on from ``last.pt`` where there is one.
         settings: of the training, kept in ``last.pt``: a run with others cannot be resumed.
-        average: moving average of the weights (:class:`torch.optim.swa_utils.AveragedModel`), which ``model.pt`` then holds.
+        average: moving average of the weights (:class:`torch.optim.swa_utils.AveragedModel`), which follows them step by step; ``model.pt`` then holds it.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Checkpoints:
         self.network = network.module if isinstance(network, DistributedDataParallel) else network
         self.parts = {"network": self.network, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
         self.best_network = self.network if average is None else average.module
+        self.average = average
         if average is not None:
             self.parts["average"] = average
         self.evaluator, self.resume = evaluator, switch("resume", resume)
@@ -132,7 +133,7 @@ class Checkpoints:
             raise InputError(f"{self.last} was made with {'; '.join(changed)}: resume it with its own settings, or choose another folder")
 
     def check(self, trainer: SupervisedTrainer) -> None:
-        """Stop at a loss that is not finite.
+        """Stop at a loss that is not finite; let the average follow the weights.
 
         Raises:
             InputError: naming the loss, the step, and the checkpoint that is still good.
@@ -140,6 +141,8 @@ class Checkpoints:
         loss = float(from_engine(["loss"], first=True)(trainer.state.output))
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}", trainer)
+        if self.average is not None:
+            self.average.update_parameters(self.network)
 
     def _diverged(self, what: str, trainer: SupervisedTrainer) -> InputError:
         kept = f"{self.last} holds the last epoch before" if self.last.exists() else "no epoch was complete"

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from ignite.engine import Engine
 from torch import nn
 
-__all__ = ["layerwise_parameters"]
+from .errors import InputError
+
+__all__ = ["GradientClipping", "layerwise_parameters"]
 
 
 def layerwise_parameters(network: nn.Module, lr: float, reference_fan_in: int = 256) -> list[dict]:
@@ -28,6 +34,32 @@ def layerwise_parameters(network: nn.Module, lr: float, reference_fan_in: int = 
             seen.update(parameters)
             groups.setdefault(lr * min(1.0, reference_fan_in / _fan_in(module)), []).extend(parameters)
     return [{"params": groups[rate], "lr": rate} for rate in sorted(groups, reverse=True)]
+
+
+class GradientClipping:
+    """Scale the gradients of each step down where their norm is larger than a bound (Pascanu et al., ICML 2013, arXiv 1211.5063).
+
+    Args:
+        network: what is trained.
+        optimizer: of its parameters. Mixed precision has unscaled the gradients when it steps.
+        largest: norm of all gradients together.
+
+    Raises:
+        InputError: when ``largest`` is not positive.
+    """
+
+    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, largest: float) -> None:
+        if not largest > 0:
+            raise InputError(f"largest_gradient must be positive, got {largest!r}")
+        self.network, self.optimizer, self.largest = network, optimizer, largest
+        self.hook: Any = None
+
+    def attach(self, engine: Engine) -> None:
+        if self.hook is None:  # a trainer may run several times
+            self.hook = self.optimizer.register_step_pre_hook(self.clip)
+
+    def clip(self, *_: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.largest)
 
 
 def _fan_in(module: nn.Module) -> int:

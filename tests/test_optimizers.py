@@ -2,10 +2,12 @@ from collections import Counter
 
 import pytest
 import torch
+from ignite.engine import Engine
 from torch import nn
 
+from bundle.errors import InputError
 from bundle.networks import MultiScaleResidualNet
-from bundle.optimizers import layerwise_parameters
+from bundle.optimizers import GradientClipping, layerwise_parameters
 
 
 def rates(network, lr=1e-3, **kwargs):
@@ -103,3 +105,20 @@ def test_frozen_parameters_are_left_out():
 
 def test_frozen_network_has_no_groups():
     assert layerwise_parameters(nn.Conv2d(4, 4, 3).requires_grad_(False), 1e-3) == []
+
+
+def test_gradients_are_clipped_before_the_step():
+    network = torch.nn.Linear(3, 1, bias=False)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    GradientClipping(network, optimizer, 0.5).attach(Engine(lambda engine, batch: None))
+    before = network.weight.detach().clone()
+    (100 * network(torch.ones(1, 3)).sum()).backward()
+    optimizer.step()
+    assert float((network.weight - before).norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("largest", [0, -1])
+def test_a_bound_that_is_none_is_refused(largest):
+    network = torch.nn.Linear(3, 1)
+    with pytest.raises(InputError, match="largest_gradient must be positive"):
+        GradientClipping(network, torch.optim.SGD(network.parameters(), lr=1.0), largest)

@@ -1,3 +1,7 @@
+import json
+from pathlib import Path
+
+import monai.bundle
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,8 @@ from bundle.degradation import conditions, enlarge, phases
 from bundle.errors import InputError
 from bundle.networks import PixelShuffleResidualNet
 from bundle.patches import AcquiredPatches, RandomAcquisition, RandomContrast
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def volume(shape=(70, 64, 60), spacing=(1, 1, 1), name="a.nii.gz"):
@@ -125,3 +131,34 @@ def test_enlarged_to_the_size_that_it_had():
     coarse = Acquisition((Sampling(2), Sampling(2.5)))(image)
     for mode in ("spline", "bicubic", "kspace"):
         assert enlarge(coarse, (2, 2.5), image.shape, mode).shape == image.shape
+
+
+def test_general_network_is_trained_and_measured(tmp_path):
+    """As the page says it, on toy volumes: random acquisitions in training, the table afterwards."""
+    data = tmp_path / "data"
+    (data / "ds002748").mkdir(parents=True)
+    for name in ("sub-01", "sub-16"):
+        toy.write_nifti(data / "ds002748" / f"{name}.nii.gz", toy.head((52, 56, 50)), toy.affine((1, 1, 1)))
+    files = ["train", "networks/general", "datasets/scans", "random_acquisitions"]
+    common = {"dataset_dir": str(data), "test_volumes": [], "device": "cpu", "network_def::features": 4, "network_def::num_blocks": 1}
+    monai.bundle.run(
+        config_file=[str(CONFIGS / f"{name}.json") for name in files],
+        output_dir=str(tmp_path / "run"),
+        slices_per_volume=4,
+        patches_per_slice=2,
+        patch_size=32,
+        max_epochs=1,
+        warmup_iterations=1,
+        **common,
+    )
+    files[-1] = "evaluate_acquisitions"
+    monai.bundle.run(
+        config_file=[str(CONFIGS / f"{name}.json") for name in files],
+        output_dir=str(tmp_path / "table"),
+        checkpoint=str(tmp_path / "run" / "models" / "model.pt"),
+        evaluated_slices=2,
+        **common,
+    )
+    rows = json.loads((tmp_path / "table" / "acquisitions.json").read_text())["rows"]
+    assert len(rows) == 10
+    assert all(np.isfinite(v["psnr"]) for volumes in rows.values() for v in volumes.values())

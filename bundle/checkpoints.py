@@ -68,7 +68,7 @@ class Checkpoints:
         evaluator: validation engine, whose best metric decides about ``model.pt``; ``None`` without validation.
         resume: whether to go on from ``last.pt`` where there is one.
         settings: of the training, kept in ``last.pt``: a run with others cannot be resumed.
-        average: moving average of the weights (:class:`torch.optim.swa_utils.AveragedModel`), which follows them step by step; ``model.pt`` then holds it.
+        average: moving average of the weights (:class:`torch.optim.swa_utils.AveragedModel`), updated at each step; ``model.pt`` holds it.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .degradation import conditions
-from .errors import switch
+from .errors import InputError, switch
 from .memory import release_freed_memory
 
 __all__ = ["AutocastInferer", "ForegroundInferer", "OrthogonalSlices", "foreground_box"]
@@ -62,11 +62,12 @@ class ForegroundInferer(SliceInferer):
         phases: whether the network is told the factor of ``inputs.meta["factor"]`` (:func:`bundle.degradation.phases`).
         facts: whether it is also told the width of the slice profile, ``inputs.meta["slice_width"]`` where that is known, and the noise,
             ``inputs.meta["noise"]`` (:func:`bundle.degradation.conditions`).
+        noise: what to tell where ``inputs.meta`` does not: standard deviation, as a fraction of the intensity scale.
         progress: whether to show a bar, which counts slices.
         kwargs: of :class:`monai.inferers.SliceInferer`. Its ``roi_size`` and ``sw_batch_size`` hold within a box or band.
 
     Raises:
-        InputError: when ``skip_background`` is not a switch.
+        InputError: when ``skip_background`` is not a switch, or ``noise`` no fraction.
         ValueError: when ``threshold`` or ``margin`` is negative.
     """
 
@@ -77,12 +78,16 @@ class ForegroundInferer(SliceInferer):
         margin: int = 8,
         phases: bool = False,
         facts: bool = False,
+        noise: float = 0.0,
         progress: bool = False,
         **kwargs: Any,
     ) -> None:
         self.skip_background, self.phases, self.facts = switch("skip_background", skip_background), phases, facts
         if threshold < 0 or margin < 0:
             raise ValueError(f"threshold and margin must not be negative, got {threshold} and {margin}")
+        if not isinstance(noise, (int, float)) or not 0 <= noise < 1:
+            raise InputError(f"noise must be a fraction of the intensity scale, such as 0.02, got {noise!r}")
+        self.noise = float(noise)
         self.threshold, self.margin, self.show_slices = threshold, margin, progress
         super().__init__(progress=progress and not self.skip_background, **kwargs)
 
@@ -114,7 +119,7 @@ class ForegroundInferer(SliceInferer):
         """For a part of the slices, the network that is told what is known of it."""
         factors = [float(factor) for factor in [*inputs.meta["factor"], 1.0][:3]]  # type: ignore[attr-defined]  # of slices, in-plane
         widths = [0.0, 0.0, float(inputs.meta.get("slice_width", 0))]  # type: ignore[attr-defined]
-        noise = float(inputs.meta.get("noise", 0))  # type: ignore[attr-defined]
+        noise = float(inputs.meta.get("noise", self.noise))  # type: ignore[attr-defined]
         del factors[self.spatial_dim], widths[self.spatial_dim]
 
         def told(rows: slice, columns: slice) -> Callable[..., Any]:

@@ -12,11 +12,11 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORKS = [f"networks/{path.stem}" for path in sorted((CONFIGS / "networks").glob("*.json"))]
 DATASETS = [f"datasets/{path.stem}" for path in sorted((CONFIGS / "datasets").glob("*.json"))]
 OF_TRAINING = [
-    *NETWORKS, *DATASETS, "any_factor", "thick_slices", "random_acquisitions", "evaluate", "evaluate_thick_slices", "evaluate_acquisitions",
-    "measure_ranges", "multi_gpu_train", "multi_gpu_evaluate",
+    *NETWORKS, *DATASETS, "general", "any_factor", "thick_slices", "random_acquisitions", "evaluate", "evaluate_thick_slices",
+    "evaluate_acquisitions", "measure_ranges", "multi_gpu_train", "multi_gpu_evaluate",
 ]  # fmt: skip
 OF_INFERENCE = [
-    *NETWORKS, "any_factor", "isotropic", "inference_onnx", "inference_trt", "inference_torchscript", "multi_gpu_inference",
+    *NETWORKS, "general", "any_factor", "isotropic", "inference_onnx", "inference_trt", "inference_torchscript", "multi_gpu_inference",
 ]  # fmt: skip
 DIFFERENT_WORKFLOWS = {frozenset(pair) for pair in itertools.combinations(("evaluate", "measure_ranges", "evaluate_acquisitions"), 2)}
 

@@ -139,7 +139,7 @@ def test_general_network_is_trained_and_measured(tmp_path):
     (data / "ds002748").mkdir(parents=True)
     for name in ("sub-01", "sub-16"):
         toy.write_nifti(data / "ds002748" / f"{name}.nii.gz", toy.head((52, 56, 50)), toy.affine((1, 1, 1)))
-    files = ["train", "networks/general", "datasets/scans", "random_acquisitions"]
+    files = ["train", "general", "datasets/scans", "random_acquisitions"]
     common = {"dataset_dir": str(data), "test_volumes": [], "device": "cpu", "network_def::features": 4, "network_def::num_blocks": 1}
     monai.bundle.run(
         config_file=[str(CONFIGS / f"{name}.json") for name in files],

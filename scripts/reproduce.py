@@ -216,6 +216,7 @@ class Run:
             configs = self._configs(name, *(["evaluate"] if task == "evaluate" else []))
             slices = {k: v for k, v in overrides.items() if k == "axial_slices"}
             parser = parsed(*configs, dataset_dir=self.dataset_dir, scale=self.scale, **slices)
+            parser[f"{id_}::_target_"] = "CacheDataset"  # that of training keeps nothing, as its patches do
             parser[f"{id_}::cache_rate"] = 1.0
             self._datasets[key] = parser.get_parsed_content(id_)
         return self._datasets[key]

@@ -85,10 +85,10 @@ class Checkpoints:
         self.last, self.best = Path(save_dir) / "last.pt", Path(save_dir) / "model.pt"
         self.network = network.module if isinstance(network, DistributedDataParallel) else network
         self.parts = {"network": self.network, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
-        self.best_network = self.network if average is None else average.module
-        self.average = average
+        self.average, self.best_network = average, self.network
         if average is not None:
             self.parts["average"] = average
+            self.best_network = average.module.module if isinstance(average.module, DistributedDataParallel) else average.module
         self.evaluator, self.resume = evaluator, switch("resume", resume)
         self.settings = json.loads(json.dumps(settings or {}, default=float))
 

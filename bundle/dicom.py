@@ -5,7 +5,6 @@ Of the pixels see :mod:`bundle.dicom_volume`; docs/dicom.md says why pydicom doe
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -34,8 +33,6 @@ SCREENSHOT = "1.2.840.10008.5.1.4.1.1.7"  # Secondary Capture Image Storage, and
 SAME_DIRECTION = 5e-3  # largest difference of two direction cosines that are one: anonymisers round them
 COMPONENTS = {"P": "phase", "PHASE": "phase", "R": "real", "REAL": "real", "I": "imaginary", "IMAGINARY": "imaginary"}
 GE_COMPONENTS = {1: "phase", 2: "real", 3: "imaginary"}
-
-logger = logging.getLogger(__name__)
 
 
 class Slice(NamedTuple):
@@ -107,8 +104,7 @@ def find_series(folder: str | Path) -> dict[str, list[str]]:
 def find_dicom(folder: str | Path, results: bool = False) -> list[str]:
     """Paths of the volumes in a folder, without its subfolders: the folder itself where it holds one, else ``folder/identifier`` of each.
 
-    Results of an earlier super-resolution are left out, unless there is nothing
-    else and ``results`` asks for them.
+    Results of an earlier super-resolution are left out, unless there is nothing else and ``results`` asks for them.
     """
     volumes = volumes_in(folder)[0]
     scans = {name: slices for name, slices in volumes.items() if not slices[0].result}

@@ -65,12 +65,17 @@ def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> list[
     given = paths(path)
     found: dict[str, str] = {}  # real path: path
     passed: list[str] = []
+    series: dict[str, dict[str, str]] = {}
+    slices: Counter[str] = Counter()
     for one in given:
         for volume in _at(one, pattern, passed):
-            identity = _identity(volume)
-            if found.setdefault(identity, volume) != volume:
-                what = "the same file" if os.path.exists(identity) else "a slice of the same series"
-                passed.append(f"{volume}: {what} as {found[identity]}")
+            identity = _identity(volume, series)
+            first = found.setdefault(identity, volume)
+            if first != volume and identity != os.path.realpath(volume):
+                slices[first] += 1
+            elif first != volume:
+                passed.append(f"{volume}: the same {'file' if os.path.isfile(identity) else 'series'} as {first}")
+    passed += [f"{number} more slices of the series of {volume}" for volume, number in slices.items()]
     for line in passed:
         logger.warning("passed over: %s", line)
     if not found:
@@ -82,14 +87,22 @@ def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> list[
     return sorted(found.values())
 
 
-def _identity(volume: str) -> str:
-    """The file, or the DICOM series that it is a slice of."""
+def _identity(volume: str, series: dict[str, dict[str, str]]) -> str:
+    """The file, or the DICOM volume that it is a slice of.
+
+    Args:
+        volume: path.
+        series: slices of the folders seen so far, with their volumes; grows.
+    """
     real = os.path.realpath(volume)
-    if os.path.isfile(real) and not file_format(real) and is_dicom(real):
-        for identifier, files in find_series(os.path.dirname(real)).items():
-            if real in files:
-                return str(Path(real).with_name(identifier))
-    return real
+    if not os.path.isfile(real) or file_format(real) or not is_dicom(real):
+        return real
+    folder = os.path.dirname(real)
+    if folder not in series:
+        volumes = find_series(folder)
+        names = {identifier: folder if len(volumes) == 1 else os.path.join(folder, identifier) for identifier in volumes}
+        series[folder] = {file: names[identifier] for identifier, files in volumes.items() for file in files}
+    return series[folder].get(real, real)
 
 
 def _patterns(pattern: str | Sequence[str]) -> Sequence[str]:
@@ -205,7 +218,7 @@ def _holds_nifti(file: Path) -> bool:
 
 
 def _is_result(file: Path) -> bool:
-    """Whether a file was written by :class:`bundle.transforms.SaveVolumed`."""
+    """Whether a file was written by :class:`bundle.results.SaveVolumed`."""
     return file.name.endswith("_sr.nii.gz") and RESULT_MARK.encode() in _start(file)
 
 

@@ -122,10 +122,14 @@ class TestFinding:
         with pytest.raises(InputError, match=r"holds no slices of a scan \(.*screenshot\.dcm"):
             load(folder)
 
-    def test_slices_given_one_by_one_are_one_volume(self, tmp_path):
+    def test_slices_given_one_by_one_are_one_volume(self, tmp_path, caplog):
         folder = toy.write_dicom(tmp_path / "series")
         first = str(folder / "slice001.dcm")
         assert find_volumes(f"{folder}/*.dcm") == find_volumes([first, str(folder / "slice002.dcm")]) == [first]
+        assert find_volumes([str(folder), first]) == [str(folder)]
+        caplog.clear()
+        find_volumes(f"{folder}/*.dcm")
+        assert f"passed over: 5 more slices of the series of {first}" in [record.getMessage() for record in caplog.records]
 
     def test_picture_without_a_place_is_passed_over_beside_slices(self, tmp_path, caplog):
         folder = toy.write_dicom(tmp_path / "series")

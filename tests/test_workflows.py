@@ -428,3 +428,15 @@ def test_thick_slices_are_trained_on_and_evaluated(tmp_path):
     table = (out / "thick_slices.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| 4 mm", "| 5 mm"]
     assert {f"{t}mm_{p}.png" for t in (4, 5) for p in ("axial", "coronal", "sagittal")} <= {path.name for path in out.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("configs", [("random_acquisitions", "multi_gpu_train"), ("multi_gpu_train", "random_acquisitions")])
+def test_two_processes_keep_the_average_of_one_network(configs, data, tmp_path):
+    small = {"slices_per_volume": 4, "patches_per_slice": 2, "patch_size": 16, "batch_size": 2, "max_epochs": 1, "device": "cpu"}
+    small |= {"split": [3, 1, 1], "network_def::features": 4, "network_def::num_blocks": 1}
+    run_command("train", "general", *configs, launcher=two_processes(), dataset_dir=data, output_dir=tmp_path, **small)
+    best, last = (torch.load(tmp_path / "models" / f"{name}.pt", weights_only=True) for name in ("model", "last"))
+    assert best.keys() == last["network"].keys()
+    assert int(last["average"]["n_averaged"]) == 6  # steps
+    assert not same_tensors(best, last["network"])

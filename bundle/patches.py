@@ -177,7 +177,7 @@ class AcquiredPatches(Dataset):
         acquisition, told = self.acquisition(random)
         factors = [axis.factor for axis in acquisition.axes]
         image = enlarge(acquisition(truth, random), factors, truth.shape, "spline")
-        # the noise is estimated where the network is used, and not to the last digit
+        # the noise is never known to the last digit where the network is used
         noise = acquisition.noise * math.exp(random.normal(0, 0.15)) + random.uniform(0, 0.002)
         patches = []
         for _ in range(self.patches_per_slice):

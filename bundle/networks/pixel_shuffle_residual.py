@@ -24,7 +24,7 @@ class PixelShuffleResidualNet(nn.Module):
         phases: whether the network is told the factor (:func:`bundle.degradation.phases`), which then scales and shifts the features
             of each block (Wang X. et al., CVPR 2018, doi 10.1109/CVPR.2018.00070). It starts out ignoring what it is told, and takes
             weights of a network that was never told.
-        facts: numbers that hold for the whole slice, told as further channels (:func:`bundle.patches.conditions`). With the factors they
+        facts: numbers that hold for the whole slice, told as channels (:func:`bundle.degradation.conditions`). With the factors they
             pass through a small perceptron (32 units), which also scales and shifts the features of each block. 0 for none.
     """
 

@@ -6,7 +6,7 @@ An acquisition is separable. Along each axis of an image x, a matrix takes high-
 
 with the sampling S of :class:`Sampling` (point spread, slice profile, or k-space truncation), complex Gaussian noise n (which the magnitude
 turns into Rician noise: Gudbjartsson & Patz, MRM 1995, doi 10.1002/mrm.1910340618), and the k-space filter F (coverage, apodisation).
-The geometry is that of :mod:`bundle.degradation`: high-resolution index i lies at the measured index (i + 0.5) / factor - 0.5.
+The geometry is that of :mod:`bundle.resampling`: high-resolution index i lies at the measured index (i + 0.5) / factor - 0.5.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .degradation import PIXEL_FRACTION, downsample
 from .errors import InputError
+from .resampling import PIXEL_FRACTION, downsample
 
 __all__ = [
     "PROFILES",
@@ -129,7 +129,10 @@ class Acquisition:
             if sampling.coverage < 1 or sampling.window != "none":
                 matrix = kspace_filter(image.shape[axis], sampling.coverage, sampling.window)
                 channels = [_along(channel, axis, matrix) for channel in channels]
-        magnitude = channels[0].abs() if len(channels) == 1 else torch.hypot(*channels)
+        if len(channels) == 2:
+            magnitude = torch.hypot(*channels)
+        else:  # the paper's bicubic is no scanner: its overshoot is cut, as image files without negative values cut it
+            magnitude = channels[0].clamp(min=0) if any(s.profile == "bicubic" for s in self.axes) else channels[0].abs()
         return (magnitude / self.step).round() * self.step if self.step else magnitude
 
 

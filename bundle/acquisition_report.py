@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .acquisition import Acquisition, Sampling
-from .degradation import enlarge, interpolate_slices
 from .files import write_atomically, write_json
 from .inferers import ForegroundInferer, OrthogonalSlices
 from .metrics import FOREGROUND, psnr
+from .resampling import enlarge, interpolate_slices
 from .transforms import name_of
 
 __all__ = ["measure_acquisitions"]
@@ -48,11 +48,11 @@ def measure_acquisitions(
     output_dir: str,
     factors: Sequence[float] = (2,),
     thicknesses: Sequence[float] = (5,),
-    phases: bool = True,
+    positions: bool = True,
     facts: bool = True,
     interpolation: str = "spline",
     slices: int = 12,
-    tell_noise: bool = True,
+    tell_noise: bool = False,
     device: torch.device | None = None,
     seed: int = 0,
 ) -> dict:
@@ -66,10 +66,10 @@ def measure_acquisitions(
         output_dir: folder of the tables.
         factors: in-plane; axial slices of every volume are made coarser by them.
         thicknesses: of slices across the last axis, in mm; only volumes whose own slices are a third of that, or thinner, count.
-        phases, facts: what the network is told, see :class:`bundle.inferers.ForegroundInferer`.
+        positions, facts: what the network is told, see :class:`bundle.inferers.ForegroundInferer`.
         interpolation: of the network's input, in-plane.
         slices: axial slices of each volume for the in-plane rows, evenly spaced; planes across thick slices are all used.
-        tell_noise: whether the network is told the noise, or 0.
+        tell_noise: whether the network is told the true noise instead of what is measured.
         device: where the network is; ``None`` is the CPU.
         seed: of the noise.
 
@@ -77,9 +77,19 @@ def measure_acquisitions(
         row to ``{volume: {"psnr": ..., "better interpolation": ..., "gain": ...}}``, PSNR in dB over the pixels above 0.05 of the truth.
     """
     network.eval()
-    told: dict[str, Any] = {"phases": phases, "facts": facts}
-    within = ForegroundInferer(roi_size=(-1, -1), spatial_dim=2, sw_batch_size=4, **told)
-    across = OrthogonalSlices(sw_batch_size=4, **told)
+    told: dict[str, Any] = {"positions": positions, "facts": facts, "sw_batch_size": 4}
+
+    def apply(volume: Tensor, meta: dict, noise: float, orthogonal: bool = False) -> Tensor:
+        kwargs = {**told, "noise": noise if tell_noise else None}
+        inferer = (
+            OrthogonalSlices(**kwargs)
+            if orthogonal
+            else ForegroundInferer(roi_size=(-1, -1), spatial_dim=2, interpolation=interpolation, **kwargs)
+        )
+        with torch.no_grad():
+            result = inferer(MetaTensor(volume[None, None], meta=meta).to(device), network)
+        return torch.as_tensor(result).as_subclass(Tensor)[0, 0].cpu()
+
     table: dict[str, dict[str, dict[str, float]]] = {}
     for item in tqdm(volumes, unit="volume"):
         image = item["image"]
@@ -92,8 +102,7 @@ def measure_acquisitions(
                 size = chosen.shape[1:]
                 spline, filled = (enlarge(scan, (factor, factor), size, mode) for mode in ("spline", "kspace"))
                 given = spline if interpolation == "spline" else enlarge(scan, (factor, factor), size, interpolation)
-                meta = {"factor": [factor, factor], "noise": noise if tell_noise else 0.0}
-                result = _apply(within, network, given.movedim(0, -1), meta, device).movedim(-1, 0)
+                result = apply(given.movedim(0, -1), {"factor": [factor, factor]}, noise).movedim(-1, 0)
                 _note(table, f"x{factor:g}: {title}", name_of(image), chosen, result, {"spline": spline, "zero-filled": filled})
         for thickness in thicknesses:
             factor = round(thickness / float(image.pixdim[2]), 4)
@@ -104,19 +113,12 @@ def measure_acquisitions(
                 axes = (Sampling(), Sampling(), Sampling(factor, profile, width))
                 scan = Acquisition(axes, noise, step=STEP)(body, np.random.default_rng(seed))
                 spline = interpolate_slices(scan, factor, body.shape[2])
-                meta = {"factor": [1.0, 1.0, factor], "noise": noise if tell_noise else 0.0, "slice_width": width}
-                result = _apply(across, network, spline, meta, device)
+                result = apply(spline, {"factor": [1.0, 1.0, factor], "slice_width": width}, noise, orthogonal=True)
                 _note(table, f"{thickness:g} mm: {title}", name_of(image), body, result, {"spline": spline})
         write_json(Path(output_dir) / "acquisitions.json", {"rows": table})
         write_atomically(Path(output_dir) / "acquisitions.md", lambda path: path.write_text(_markdown(table), encoding="utf-8"))
     logger.info("gain over the better interpolation, mean and worst volume:\n%s", _markdown(table))
     return table
-
-
-def _apply(inferer: Callable, network: nn.Module, volume: Tensor, meta: dict, device: torch.device | None) -> Tensor:
-    with torch.no_grad():
-        result = inferer(MetaTensor(volume[None, None], meta=meta).to(device), network)
-    return torch.as_tensor(result).as_subclass(Tensor)[0, 0].cpu()
 
 
 def _evenly(volume: Tensor, count: int) -> Tensor:

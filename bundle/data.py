@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
-from .degradation import PROFILES, check_factor, degrade, degrade_slices, phases
+from .conditions import positions
 from .errors import InputError, passed_over, reason
+from .resampling import PROFILES, check_factor, degrade, degrade_slices
 from .results import Results
 from .transforms import name_of
 
@@ -67,7 +68,7 @@ class PatchDataset(Dataset):
         degradation: makes the input from the target, patch by patch (:class:`RandomFactor`, :class:`RandomSlices`); ``None`` takes
             that of the volumes.
         any_plane: whether to take patches of axial, coronal and sagittal planes, the rows along any axis, and not of axial ones only.
-        phases: whether ``"image"`` also holds the phases (:func:`bundle.degradation.phases`) of a ``degradation``: (7, size, size).
+        positions: whether ``"image"`` also holds the positions (:func:`bundle.conditions.positions`) of a ``degradation``: (7, size, size).
 
     Raises:
         InputError: when a volume is smaller than a patch.
@@ -84,7 +85,7 @@ class PatchDataset(Dataset):
         seed: int = 0,
         degradation: RandomFactor | RandomSlices | None = None,
         any_plane: bool = False,
-        phases: bool = False,
+        positions: bool = False,
     ) -> None:
         self.pairs = []
         for volume in volumes:
@@ -97,7 +98,7 @@ class PatchDataset(Dataset):
             self.pairs.append(torch.stack(pair).as_subclass(torch.Tensor).permute(3, 0, 1, 2).contiguous())
         self.size, self.patches_per_volume, self.seed = size, patches_per_volume, seed
         self.min_foreground, self.threshold, self.augment = min_foreground, threshold, augment
-        self.degradation, self.any_plane, self.phases = degradation, any_plane, phases
+        self.degradation, self.any_plane, self.positions = degradation, any_plane, positions
 
     def __len__(self) -> int:
         return len(self.pairs) * self.patches_per_volume
@@ -135,8 +136,8 @@ class PatchDataset(Dataset):
         rows, columns = slice(row, row + self.size), slice(column, column + self.size)
         image, factors = self.degradation(window[0], random)  # type: ignore[misc]
         image = image[None, rows, columns]
-        if self.phases:
-            image = torch.cat([image, phases(factors, rows, columns)])
+        if self.positions:
+            image = torch.cat([image, positions(factors, rows, columns)])
         return {"image": image.contiguous(), "label": window[:, rows, columns].contiguous()}
 
 
@@ -146,7 +147,7 @@ class RandomFactor:
     Args:
         factors: the smallest and the largest.
         common: factors that every second patch has one of, for both axes: those that most users will ask for.
-        mode, interpolation: see :func:`bundle.degradation.degrade`.
+        mode, interpolation: see :func:`bundle.resampling.degrade`.
 
     Raises:
         InputError: when ``factors`` are not two ascending numbers of at least 1.

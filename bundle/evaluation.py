@@ -14,10 +14,10 @@ import torch
 from ignite.engine import Engine, Events
 from torch.utils.data import Dataset, Sampler
 
-from .degradation import acquire_slices, interpolate_slices
 from .figures import Panel, save_panels
 from .files import write_atomically, write_json
 from .metrics import has_foreground, psnr, ssim, volume_psnr, volume_ssim
+from .resampling import acquire_slices, interpolate_slices
 from .transforms import name_of, slice_factor
 
 __all__ = ["EvaluationReport", "ThickSlicesReport", "VolumeSampler", "repeated"]

@@ -12,8 +12,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform, Orientation
 
-from .degradation import Factor, check_factor, interpolate_slices, refined_size, upsample
 from .errors import InputError, PassedOver
+from .resampling import Factor, check_factor, interpolate_slices, refined_size, upsample
 from .transforms import name_of
 
 ISOTROPIC = 1.1  # largest side of a voxel, as a multiple of the smallest, that counts as isotropic
@@ -89,7 +89,7 @@ class Upsampled(MapTransform):
     Args:
         keys: volumes (1, X, Y, Z), with the factors along x and y, or along all three axes, in ``meta["factor"]``; become
             (1, factor X, factor Y, factor Z).
-        mode: in-plane interpolation, see :func:`bundle.degradation.upsample`.
+        mode: in-plane interpolation, see :func:`bundle.resampling.upsample`.
         input_key: where to keep the volume before interpolation; ``None`` does not keep it.
     """
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .degradation import conditions
+from .conditions import conditions, measured_samples, spectral_facts, zero_filled_excess
+from .conditions import positions as subpixel_positions
 from .errors import InputError, switch
 from .memory import release_freed_memory
 
@@ -59,10 +60,11 @@ class ForegroundInferer(SliceInferer):
             at a few hundredths, and averages out over a block where it is isolated.
         margin: pixels around the anatomy that are computed with it, rounded up to blocks, for the network's receptive field. What lies
             further away matters less; docs/performance.md says how to measure it.
-        phases: whether the network is told the factor of ``inputs.meta["factor"]`` (:func:`bundle.degradation.phases`).
-        facts: whether it is also told the width of the slice profile, ``inputs.meta["slice_width"]`` where that is known, and the noise,
-            ``inputs.meta["noise"]`` (:func:`bundle.degradation.conditions`).
-        noise: what to tell where ``inputs.meta`` does not: standard deviation, as a fraction of the intensity scale.
+        positions: whether the network is told the factor of ``inputs.meta["factor"]`` (:func:`bundle.conditions.positions`).
+        facts: whether it is also told what zero-filling would give (:func:`bundle.conditions.zero_filled_excess`), the width of the slice
+            profile, ``inputs.meta["slice_width"]`` where that is known, the noise and the spectrum (:func:`bundle.conditions.conditions`).
+        noise: to tell: standard deviation, as a fraction of the intensity scale; ``None`` tells what is measured.
+        interpolation: mode by which the slices were interpolated (:func:`bundle.resampling.enlarge`); across thick ones it is ``"spline"``.
         progress: whether to show a bar, which counts slices.
         kwargs: of :class:`monai.inferers.SliceInferer`. Its ``roi_size`` and ``sw_batch_size`` hold within a box or band.
 
@@ -76,27 +78,29 @@ class ForegroundInferer(SliceInferer):
         skip_background: bool | str = True,
         threshold: float = 0.03,
         margin: int = 8,
-        phases: bool = False,
+        positions: bool = False,
         facts: bool = False,
-        noise: float = 0.0,
+        noise: float | None = None,
+        interpolation: str = "spline",
         progress: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.skip_background, self.phases, self.facts = switch("skip_background", skip_background), phases, facts
+        self.skip_background, self.positions, self.facts = switch("skip_background", skip_background), positions, facts
         if threshold < 0 or margin < 0:
             raise ValueError(f"threshold and margin must not be negative, got {threshold} and {margin}")
-        if not isinstance(noise, (int, float)) or not 0 <= noise < 1:
+        if noise is not None and (not isinstance(noise, (int, float)) or not 0 <= noise < 1):
             raise InputError(f"noise must be a fraction of the intensity scale, such as 0.02, got {noise!r}")
-        self.noise = float(noise)
+        self.noise, self.interpolation = noise, interpolation
         self.threshold, self.margin, self.show_slices = threshold, margin, progress
         super().__init__(progress=progress and not self.skip_background, **kwargs)
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """(N, 1, three spatial axes) -> the same shape."""
-        told = self._telling(network, inputs) if self.phases else lambda rows, columns: network
+        told = self._telling(network, inputs) if self.positions else lambda rows, columns: network
+        given = self._with_excess(inputs) if self.facts else lambda part: part
         if not self.skip_background:
             rows, columns = (slice(0, side) for n, side in enumerate(inputs.shape[2:]) if n != self.spatial_dim)
-            every_pixel = super().__call__(inputs, told(rows, columns), *args, **kwargs)
+            every_pixel = super().__call__(given(inputs), told(rows, columns), *args, **kwargs)
             release_freed_memory()
             return every_pixel
         axis = self.spatial_dim + 2
@@ -109,25 +113,51 @@ class ForegroundInferer(SliceInferer):
 
         for n in tqdm(range(inputs.shape[axis]), unit="slice", disable=not self.show_slices):
             box = foreground_box(inputs.select(axis, n), self.threshold, self.margin)
-            for kept, rows, columns in bands(box, self.margin, MAX_PIXELS) if box else ():
-                result: Any = super().__call__(inputs[*window(n, rows, columns)], told(rows, columns), *args, **kwargs)
+            if box is None:
+                continue
+            whole = given(inputs.narrow(axis, n, 1))
+            for kept, rows, columns in bands(box, self.margin, MAX_PIXELS):
+                part = whole[*window(0, rows, columns)]
+                result: Any = super().__call__(part, told(rows, columns), *args, **kwargs)
                 outputs[*window(n, kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
         release_freed_memory()
         return outputs
 
     def _telling(self, network: Callable[..., Any], inputs: Tensor) -> Callable[[slice, slice], Callable[..., Any]]:
         """For a part of the slices, the network that is told what is known of it."""
-        factors = [float(factor) for factor in [*inputs.meta["factor"], 1.0][:3]]  # type: ignore[attr-defined]  # of slices, in-plane
-        widths = [0.0, 0.0, float(inputs.meta.get("slice_width", 0))]  # type: ignore[attr-defined]
-        noise = float(inputs.meta.get("noise", self.noise))  # type: ignore[attr-defined]
-        del factors[self.spatial_dim], widths[self.spatial_dim]
+        factors, across = self._factors(inputs)
+        if self.facts:
+            width = float(inputs.meta.get("slice_width", 0))  # type: ignore[attr-defined]
+            widths = [width if thick else 0.0 for thick in across]
+            planes = inputs.as_subclass(Tensor).movedim(self.spatial_dim + 2, 0)[:, 0, 0]  # the facts are those of the first volume
+            noise, spectrum = spectral_facts(measured_samples(planes, factors, self.interpolation))
+            noise = noise if self.noise is None else self.noise
 
         def told(rows: slice, columns: slice) -> Callable[..., Any]:
-            maps = conditions(factors, rows, columns, widths, noise)
-            maps = (maps if self.facts else maps[:6]).to(inputs.device, inputs.dtype)
+            maps = conditions(factors, rows, columns, widths, noise, spectrum) if self.facts else subpixel_positions(factors, rows, columns)
+            maps = maps.to(inputs.device, inputs.dtype)
             return lambda x, *args, **kwargs: network(torch.cat([x, maps.expand(len(x), *maps.shape)], 1), *args, **kwargs)
 
         return told
+
+    def _with_excess(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
+        """Adds the excess of zero-filling, as a channel, to some of the slices."""
+        factors, across = self._factors(inputs)
+        axis = self.spatial_dim + 2
+
+        def given(part: Tensor) -> Tensor:
+            planes = torch.as_tensor(part).as_subclass(Tensor).movedim(axis, 0)
+            excess = zero_filled_excess(planes, factors, across, self.interpolation)
+            return torch.cat([planes, excess], 2).movedim(0, axis)
+
+        return given
+
+    def _factors(self, inputs: Tensor) -> tuple[list[float], list[bool]]:
+        """Factors of the rows and columns of the slices, and which of them go across thick slices: the last axis of a volume does."""
+        factors = [float(factor) for factor in [*inputs.meta["factor"], 1.0][:3]]  # type: ignore[attr-defined]  # of slices, in-plane
+        across = [False, False, factors[2] > 1]
+        del factors[self.spatial_dim], across[self.spatial_dim]
+        return factors, across
 
 
 class OrthogonalSlices(Inferer):

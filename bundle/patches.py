@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .acquisition import Acquisition, Sampling, acquired_fraction
-from .degradation import check_factor, conditions, downsample, enlarge
+from .conditions import conditions, spectral_facts, zero_filled_excess
 from .errors import InputError
+from .resampling import check_factor, downsample, enlarge
 from .transforms import name_of
 
 __all__ = ["AcquiredPatches", "RandomAcquisition", "RandomContrast"]
@@ -24,10 +24,10 @@ THICK = 1.4  # times the smallest spacing: an axis that is coarser is left to th
 class RandomAcquisition:
     """Draws acquisitions as scanners make them.
 
-    Within the plane: k-space truncation in half of the cases, with 85 to 100 % of it covered (60 to 85 % in one of ten), with and without
-    apodisation; else the paper's bicubic, box or Gaussian point spreads. Across thick slices: Gaussian, box and trapezoid profiles, 60 to
-    120 % of the slice distance wide, told in half of the cases, with up to 3 % of alternating brightness; one of eight is coarse along
-    the other axis too. Noise: none (3 of 10), up to 2 % (4), up to 6 % (3). A third is stored in whole numbers.
+    Within the plane: by 2 in half of the cases; k-space truncation in half, with 85 to 100 % of it covered (60 to 85 % in one of twenty),
+    with and without apodisation; else the paper's bicubic, box or Gaussian point spreads. Across thick slices: Gaussian, box and trapezoid
+    profiles, 60 to 120 % of the slice distance wide, told in half of the cases, with up to 3 % of alternating brightness; one of eight is
+    coarse along the other axis too. Noise: none (7 of 20), up to 2 % (7), up to 5 % (6). A third is stored in whole numbers.
 
     Args:
         in_plane: the smallest and the largest factor within the plane.
@@ -44,34 +44,35 @@ class RandomAcquisition:
                 raise InputError(f"factors must be the smallest and the largest, got {factors}")
         self.in_plane, self.across, self.thick = check_factor(in_plane), check_factor(across), thick
 
-    def __call__(self, random: np.random.Generator) -> tuple[Acquisition, tuple[float, float]]:
-        """An acquisition of the rows and the columns of a slice, and the widths of the slice profile that are told."""
-        noise = float(random.choice([0, random.uniform(0, 0.02), random.uniform(0.02, 0.06)], p=[0.3, 0.4, 0.3]))
+    def __call__(self, random: np.random.Generator) -> tuple[Acquisition, tuple[float, float], tuple[bool, bool]]:
+        """An acquisition of the rows and the columns of a slice, the widths of the slice profile that are told, and the axes across
+        thick slices."""
+        noise = float(random.choice([0, random.uniform(0, 0.02), random.uniform(0.02, 0.05)], p=[0.35, 0.35, 0.3]))
         step = 1 / random.uniform(200, 4000) if random.random() < 1 / 3 else 0.0
         if random.random() < self.thick:
             sampling = self._across(random)
             other = self._within(random) if random.random() < 1 / 8 else Sampling()
             told = sampling.width if random.random() < 0.5 else 0.0
             brightness = random.uniform(0, 0.03) if random.random() < 0.3 else 0.0
-            return Acquisition((sampling, other), noise, brightness, step), (told, 0.0)
+            return Acquisition((sampling, other), noise, brightness, step), (told, 0.0), (True, False)
         first = self._within(random)
-        if random.random() < 0.7:
+        if random.random() < 0.8:
             second = first
-        elif random.random() < 0.4:
+        elif random.random() < 0.3:
             second = Sampling()
         else:
             second = Sampling(random.uniform(*self.in_plane), first.profile, first.width, first.coverage, first.window)
         axes = (first, second) if random.random() < 0.5 else (second, first)
-        return Acquisition(axes, noise, 0.0, step), (0.0, 0.0)
+        return Acquisition(axes, noise, 0.0, step), (0.0, 0.0), (False, False)
 
     def _within(self, random: np.random.Generator) -> Sampling:
         low, high = self.in_plane
-        factor = 2.0 if low <= 2 <= high and random.random() < 0.4 else random.uniform(low, high)
+        factor = 2.0 if low <= 2 <= high and random.random() < 0.5 else random.uniform(low, high)
         profile = str(random.choice(["kspace", "bicubic", "box", "gaussian"], p=[0.5, 0.16, 0.14, 0.2]))
         if profile != "kspace":
             return Sampling(factor, profile, random.uniform(0.7, 1.4) if profile == "gaussian" else 1.0)
-        coverage = 1.0 if random.random() < 0.4 else random.uniform(0.6, 0.85) if random.random() < 1 / 6 else random.uniform(0.85, 1)
-        return Sampling(factor, profile, 1.0, coverage, str(random.choice(["none", "hamming", "tukey"], p=[0.6, 0.2, 0.2])))
+        coverage = 1.0 if random.random() < 0.5 else random.uniform(0.6, 0.85) if random.random() < 0.1 else random.uniform(0.85, 1)
+        return Sampling(factor, profile, 1.0, coverage, str(random.choice(["none", "hamming", "tukey"], p=[0.7, 0.15, 0.15])))
 
     def _across(self, random: np.random.Generator) -> Sampling:
         profile = str(random.choice(["gaussian", "box", "trapezoid"], p=[0.4, 0.3, 0.3]))
@@ -170,15 +171,16 @@ class AcquiredPatches(Dataset):
         return len(self.volumes) * self.slices_per_volume
 
     def __getitem__(self, index: int) -> list[dict[str, Tensor]]:
-        """``[{"image": (10, size, size), "label": (1, size, size)}, ...]``: the slice interpolated by cubic
-        B-splines and :func:`bundle.degradation.conditions`, and the truth."""
+        """``[{"image": (21, size, size), "label": (1, size, size)}, ...]``: the slice interpolated by cubic B-splines, the excess of
+        zero-filling, and :func:`bundle.conditions.conditions`; and the truth. Noise and spectrum are measured, as they are later."""
         random = np.random.default_rng((self.seed, index))
         truth = self._slice(index % len(self.volumes), random)
-        acquisition, told = self.acquisition(random)
+        acquisition, widths, across = self.acquisition(random)
         factors = [axis.factor for axis in acquisition.axes]
-        image = enlarge(acquisition(truth, random), factors, truth.shape, "spline")
-        # the noise is never known to the last digit where the network is used
-        noise = acquisition.noise * math.exp(random.normal(0, 0.15)) + random.uniform(0, 0.002)
+        measured = acquisition(truth, random)
+        noise, spectrum = spectral_facts(measured)
+        image = enlarge(measured, factors, truth.shape, "spline")
+        image = torch.stack([image, zero_filled_excess(image, factors, across)])
         patches = []
         for _ in range(self.patches_per_slice):
             for _ in range(10):
@@ -187,8 +189,8 @@ class AcquiredPatches(Dataset):
                 label = truth[rows, columns]
                 if float((label > self.threshold).float().mean()) >= self.min_foreground:
                     break
-            maps = conditions(factors, rows, columns, told, noise)
-            patches.append({"image": torch.cat([image[None, rows, columns], maps]), "label": label[None].contiguous()})
+            maps = conditions(factors, rows, columns, widths, noise, spectrum)
+            patches.append({"image": torch.cat([image[:, rows, columns], maps]), "label": label[None].contiguous()})
         return patches
 
     def _slice(self, volume: int, random: np.random.Generator) -> Tensor:

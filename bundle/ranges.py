@@ -9,9 +9,9 @@ from pathlib import Path
 
 from monai.data import MetaTensor
 
-from .degradation import Factor, check_factor
 from .files import write_json
 from .metrics import FOREGROUND
+from .resampling import Factor, check_factor
 
 __all__ = ["compare", "describe", "measure", "read_ranges"]
 

@@ -22,7 +22,6 @@ from monai.transforms import MapTransform
 
 from . import version
 from .arguments import paths
-from .degradation import acquire_slices, downsample
 from .dicom import is_dicom_volume
 from .errors import switch
 from .figures import Panel, save_panels
@@ -31,6 +30,7 @@ from .grid import oriented
 from .headers import file_format, strip_extension
 from .ranges import compare, describe, read_ranges
 from .report import Row, html_report
+from .resampling import acquire_slices, downsample
 from .transforms import name_of
 
 __all__ = ["CompareWithTrainingd", "Consistencyd", "Results", "SaveComparisond", "SaveHtmlReportd", "SaveReportd", "SaveVolumed"]

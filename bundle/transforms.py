@@ -10,8 +10,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialCrop
 
-from .degradation import Factor, check_factor, degrade, degrade_slices
 from .errors import InputError
+from .resampling import Factor, check_factor, degrade, degrade_slices
 
 __all__ = [
     "AxialSlicesd",
@@ -97,7 +97,7 @@ class Degraded(MapTransform):
         keys: the high-resolution volume (1, X, Y, Z); replaced by the low-resolution one, interpolated to the same grid.
             ``meta["factor"]`` tells the factors along x and y.
         target_key: where the high-resolution volume goes.
-        factor, mode, interpolation: see :func:`bundle.degradation.degrade`.
+        factor, mode, interpolation: see :func:`bundle.resampling.degrade`.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class ThickSlicesd(MapTransform):
             ``meta["factor"]`` the factors along the three axes.
         target_key: where the volume of thin slices goes.
         thickness: distance of the thick slices in mm; an item's own ``"thickness"`` goes before it.
-        profile, gap: see :func:`bundle.degradation.acquire_slices`.
+        profile, gap: see :func:`bundle.resampling.acquire_slices`.
     """
 
     def __init__(

@@ -31,12 +31,12 @@ from nibabel.processing import conform
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bundle.degradation import degrade
 from bundle.errors import InputError, report_in_one_line
 from bundle.files import write_atomically, write_json
 from bundle.inferers import AutocastInferer
 from bundle.losses import PixelTVLoss
 from bundle.networks import MultiScaleResidualNet, prepare
+from bundle.resampling import degrade
 from bundle.subjects import find_volumes
 
 CONFIGS = Path(__file__).parents[1] / "configs"

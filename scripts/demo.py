@@ -15,9 +15,9 @@ import torch
 from monai import bundle
 from nilearn.datasets import load_mni152_template
 
-from bundle.degradation import downsample, upsample
 from bundle.figures import Panel, save_panels
 from bundle.metrics import psnr, ssim
+from bundle.resampling import downsample, upsample
 
 ROOT = Path(__file__).parents[1]
 

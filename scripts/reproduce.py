@@ -28,11 +28,11 @@ from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
-from bundle.degradation import degrade
 from bundle.errors import InputError, report_in_one_line
 from bundle.figures import Panel, save_panels
 from bundle.files import write_atomically, write_json
 from bundle.metrics import psnr, ssim
+from bundle.resampling import degrade
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 INTERPOLATIONS = {"nearest": "nearest neighbour", "bilinear": "bilinear", "bicubic": "bicubic"}

@@ -5,8 +5,8 @@ from scipy.ndimage import affine_transform, convolve1d
 from scipy.stats import rice
 
 from bundle.acquisition import PROFILES, WINDOWS, Acquisition, Sampling, acquired_fraction, kspace_filter, sampling_matrix
-from bundle.degradation import acquire_slices, downsample, upsample
 from bundle.errors import InputError
+from bundle.resampling import acquire_slices, downsample, upsample
 
 
 def smooth(*shape):

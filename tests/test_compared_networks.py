@@ -135,14 +135,14 @@ def test_untrained_network_returns_an_image(name):
 
 
 def test_a_network_that_is_told_the_phases_starts_as_one_that_is_not():
-    plain, told = randomised("fast"), PixelShuffleResidualNet(4, 2, phases=True).double()
+    plain, told = randomised("fast"), PixelShuffleResidualNet(4, 2, positions=True).double()
     told.load_state_dict(plain.state_dict())
     x = noise(2, 7, 9, 8)
     torch.testing.assert_close(told(x), plain(x[:, :1]))
     for block in told.deep[:-1]:
         torch.nn.init.normal_(block.modulation.weight)
     assert not torch.allclose(told(x), plain(x[:, :1]))
-    other = PixelShuffleResidualNet(4, 2, phases=True).double()
+    other = PixelShuffleResidualNet(4, 2, positions=True).double()
     other.load_state_dict(told.state_dict())
     torch.testing.assert_close(other(x), told(x))
 
@@ -285,8 +285,8 @@ def srdensenet(w, x):
 def fast(w, x):
     rows, columns = x.shape[-2:]
     i, j = torch.arange(0, rows, 2), torch.arange(0, columns, 2)
-    phases = [(i + a, j + b) for a in (0, 1) for b in (0, 1)]
-    folded = torch.cat([x[:, :, r.clamp(max=rows - 1)][..., c.clamp(max=columns - 1)] for r, c in phases], 1)
+    positions = [(i + a, j + b) for a in (0, 1) for b in (0, 1)]
+    folded = torch.cat([x[:, :, r.clamp(max=rows - 1)][..., c.clamp(max=columns - 1)] for r, c in positions], 1)
     f_0 = convolve(w, "shallow", folded)
     f = f_0
     for block in range(2):

@@ -11,9 +11,9 @@ from monai.transforms import Compose, Orientationd
 from torch.utils.data import DataLoader, DistributedSampler
 
 from bundle.data import EpochSampler, InferenceDataset, PatchDataset, RandomFactor, RandomSlices
-from bundle.degradation import degrade
 from bundle.errors import InputError
 from bundle.loading import LoadVolumed
+from bundle.resampling import degrade
 from bundle.subjects import find_volumes, split_subjects
 from bundle.transforms import AxialSlicesd, CropInPlaned
 
@@ -242,7 +242,7 @@ class TestRandomFactor:
         """Interpolated by the nearest neighbour, two pixels differ where the place between measured pixels jumps back."""
         label = torch.rand((1, 50, 60, 2), generator=torch.Generator().manual_seed(0))
         degradation = RandomFactor([1.7, 4], interpolation="nearest")
-        dataset = PatchDataset([{"image": label, "label": label}], size=20, degradation=degradation, phases=True)
+        dataset = PatchDataset([{"image": label, "label": label}], size=20, degradation=degradation, positions=True)
         for image in (dataset[index]["image"] for index in range(40)):
             for axis in (0, 1):
                 cosine, sine, _ = image[1 + 3 * axis : 4 + 3 * axis]

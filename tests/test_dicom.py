@@ -328,7 +328,7 @@ class TestDicomOut:
             ("inference.json", "isotropic.json"),
             dicom=True,
             checkpoint=random,
-            phases=False,
+            positions=False,
             network_def={"_target_": "bundle.networks.MultiScaleResidualNet", **toy.TINY},
         )
         image = agree(out / "scan_sr_dicom", out / "scan_sr.nii.gz", 0.51)

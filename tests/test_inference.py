@@ -20,9 +20,9 @@ import torch
 import toy
 from PIL import Image
 
-from bundle.degradation import upsample
 from bundle.errors import reason
 from bundle.inferers import OrthogonalSlices
+from bundle.resampling import upsample
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "inference.json")
@@ -208,7 +208,7 @@ class TestThickSlices:
 
         linear = intensity(nib.affines.apply_affine(to_world, index))
         path = toy.write_nifti(tmp_path / "a.nii.gz", *toy.stored_as(axcodes, linear, to_world))
-        tiny = {"network_def": {"_target_": "bundle.networks.MultiScaleResidualNet", **toy.TINY}, "phases": False}
+        tiny = {"network_def": {"_target_": "bundle.networks.MultiScaleResidualNet", **toy.TINY}, "positions": False}
         out = infer(path, "untrained", overlays=["isotropic"], **tiny, **options)
         assert nib.aff2axcodes(nib.load(out / "a_sr.nii.gz").affine) == tuple(axcodes)
         before, after = canonical(path), canonical(out / "a_sr.nii.gz")
@@ -227,7 +227,7 @@ class TestThickSlices:
 
     def test_a_scale_is_refused_instead_of_ignored(self, infer, tmp_path):
         path = toy.write_nifti(tmp_path / "a.nii.gz", to_world=toy.affine((1, 1, 4)))
-        tiny = {"network_def": {"_target_": "bundle.networks.MultiScaleResidualNet", **toy.TINY}, "phases": False}
+        tiny = {"network_def": {"_target_": "bundle.networks.MultiScaleResidualNet", **toy.TINY}, "positions": False}
         with pytest.raises(Exception) as error:
             infer(path, overlays=["isotropic"], scale=3, **tiny)
         assert "scale is 3, but isotropic voxels have the size that spacing says" in whole_story(error.value)

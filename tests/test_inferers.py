@@ -13,7 +13,7 @@ from monai.inferers import SliceInferer
 from torch import nn
 from torch.nn import functional as F
 
-from bundle.degradation import phases
+from bundle.conditions import positions
 from bundle.errors import InputError
 from bundle.inferers import AutocastInferer, ForegroundInferer, OrthogonalSlices, foreground_box
 from bundle.networks import RCAN, MultiScaleResidualNet, use_fft_convolutions
@@ -225,12 +225,12 @@ def test_a_volume_is_super_resolved_as_without_skipping(tmp_path, monkeypatch):
 def test_the_network_is_told_the_phases_of_the_pixels_that_it_gets(part):
     """A network that returns what it was told of each pixel; where it is not asked, the result is the input."""
     inputs = MetaTensor(volume(), meta={"factor": [2.5, 3]})
-    told = phases((2.5, 3), slice(0, 57), slice(0, 70))[part]
+    told = positions((2.5, 3), slice(0, 57), slice(0, 70))[part]
 
     def network(x):
         return x[:, part + 1 : part + 2]
 
-    every, boxes = (ForegroundInferer(**WHOLE, skip_background=skip, phases=True)(inputs, network)[0, 0] for skip in (False, True))
+    every, boxes = (ForegroundInferer(**WHOLE, skip_background=skip, positions=True)(inputs, network)[0, 0] for skip in (False, True))
     torch.testing.assert_close(torch.as_tensor(every), told[..., None].expand(57, 70, 4))
     asked = torch.zeros(57, 70, dtype=torch.bool)
     asked[foreground_box(inputs[..., 1], 0.03, 8)] = True
@@ -240,7 +240,7 @@ def test_the_network_is_told_the_phases_of_the_pixels_that_it_gets(part):
 def test_planes_across_thick_slices_are_told_the_factors_of_their_axes():
     inputs = MetaTensor(torch.ones(1, 1, 12, 14, 16), meta={"factor": [1.5, 2, 4]})
     for part, expected in ((2, (1 / 2 + 1 / 1.5) / 2), (5, 1 / 4)):  # 1 / factor of rows and columns, mean of both families
-        result = OrthogonalSlices(phases=True)(inputs, lambda x, part=part: x[:, part + 1 : part + 2])
+        result = OrthogonalSlices(positions=True)(inputs, lambda x, part=part: x[:, part + 1 : part + 2])
         torch.testing.assert_close(torch.as_tensor(result), torch.full((1, 1, 12, 14, 16), expected))
 
 

@@ -182,8 +182,8 @@ def test_bad_argument_is_named(arguments, value):
         MultiScaleResidualNet(**arguments)
 
 
-@pytest.mark.parametrize(("phases", "given"), [(False, 7), (True, 1)])
-def test_a_wrong_number_of_channels_is_refused(phases, given):
-    network = PixelShuffleResidualNet(features=4, num_blocks=1, phases=phases)
-    with pytest.raises(ValueError, match=f"{7 if phases else 1} channels expected, got {given}"):
+@pytest.mark.parametrize(("positions", "given"), [(False, 7), (True, 1)])
+def test_a_wrong_number_of_channels_is_refused(positions, given):
+    network = PixelShuffleResidualNet(features=4, num_blocks=1, positions=positions)
+    with pytest.raises(ValueError, match=f"{7 if positions else 1} channels expected, got {given}"):
         network(torch.zeros(1, given, 8, 8))

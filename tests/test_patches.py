@@ -10,10 +10,11 @@ from monai.data import MetaTensor
 
 from bundle.acquisition import Acquisition, Sampling
 from bundle.acquisition_report import measure_acquisitions
-from bundle.degradation import conditions, enlarge, phases
+from bundle.conditions import FACTS, conditions, measured_samples, positions, spectral_facts, zero_filled_excess
 from bundle.errors import InputError
 from bundle.networks import PixelShuffleResidualNet
 from bundle.patches import AcquiredPatches, RandomAcquisition, RandomContrast
+from bundle.resampling import enlarge, refined_size
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -29,7 +30,7 @@ class Fixed:
     """An acquisition that is always the same, in the place of a random one."""
 
     def __call__(self, random):
-        return Acquisition((Sampling(2), Sampling(1.5)), noise=0.02), (0.8, 0.0)
+        return Acquisition((Sampling(2), Sampling(1.5)), noise=0.02), (0.8, 0.0), (True, False)
 
 
 class TestAcquiredPatches:
@@ -46,11 +47,12 @@ class TestAcquiredPatches:
         patches = AcquiredPatches([volume()], Fixed(), size=32, patches_per_slice=5)[0]
         assert len(patches) == 5
         for patch in patches:
-            assert patch["image"].shape == (10, 32, 32)
+            assert patch["image"].shape == (2 + 6 + FACTS, 32, 32)
             assert patch["label"].shape == (1, 32, 32)
-            told = patch["image"][[3, 6, 7, 8], 0, 0]
+            told = patch["image"][[4, 7, 8, 9], 0, 0]
             torch.testing.assert_close(told, torch.tensor([1 / 2, 1 / 1.5, 0.8, 0.0]))
-            assert 0.5 < float(patch["image"][9, 0, 0]) < 2  # in units of 0.02, and not to the last digit
+            assert 0.5 < float(patch["image"][10, 0, 0]) < 2  # in units of 0.02; measured
+            assert bool((patch["image"][8:] == patch["image"][8:, :1, :1]).all())
             assert float((patch["image"][0] - patch["label"][0]).abs().mean()) < 0.1
 
     def test_planes_across_thick_slices_are_no_truth(self):
@@ -77,39 +79,87 @@ class TestAcquiredPatches:
 
 
 class TestConditions:
-    def test_positions_then_facts(self):
-        maps = conditions((2, 3), slice(0, 5), slice(1, 7), (0.8, 0), 0.03)
-        assert maps.shape == (9, 5, 6)
-        assert torch.equal(maps[:6], phases((2, 3), slice(0, 5), slice(1, 7)))
-        torch.testing.assert_close(maps[6:, 2, 2], torch.tensor([0.8, 0, 1.5]))
+    def maps(self, noise):
+        return conditions((2, 2), slice(0, 12), slice(0, 12), (0, 0), noise, torch.linspace(-2, 0, FACTS - 3))[None]
 
-    def test_facts_change_the_result_of_a_trained_network_only(self):
-        network = PixelShuffleResidualNet(features=8, num_blocks=2, phases=True, facts=3)
-        image, none, much = torch.rand(1, 1, 12, 12), *(conditions((2, 2), slice(0, 12), slice(0, 12), noise=n)[None] for n in (0, 0.05))
-        torch.testing.assert_close(network(torch.cat([image, none], 1)), image)
+    def test_positions_then_facts(self):
+        spectrum = torch.linspace(-1, 1, FACTS - 3)
+        maps = conditions((2, 3), slice(0, 5), slice(1, 7), (0.8, 0), 0.03, spectrum)
+        assert maps.shape == (6 + FACTS, 5, 6)
+        assert torch.equal(maps[:6], positions((2, 3), slice(0, 5), slice(1, 7)))
+        torch.testing.assert_close(maps[6:, 2, 2], torch.cat([torch.tensor([0.8, 0, 1.5]), spectrum]))
+
+    def test_facts_and_zero_filling_change_the_result_of_a_trained_network_only(self):
+        network = PixelShuffleResidualNet(features=8, num_blocks=2, positions=True, facts=FACTS)
+        image, excess = torch.rand(2, 1, 1, 12, 12)
+        torch.testing.assert_close(network(torch.cat([image, excess, self.maps(0)], 1)), image)
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        first, second = (network(torch.cat([image, maps], 1)) for maps in (none, much))
-        assert float((first - second).abs().max()) > 1e-4
+        first = network(torch.cat([image, excess, self.maps(0)], 1))
+        for other in (torch.cat([image, excess, self.maps(0.05)], 1), torch.cat([image, 0 * excess, self.maps(0)], 1)):
+            assert float((network(other) - first).abs().max()) > 1e-4
 
-    def test_weights_of_a_network_without_facts_are_taken(self):
+    def test_weights_of_a_network_that_is_told_less_are_taken(self):
         plain = PixelShuffleResidualNet(features=8, num_blocks=2)
         for parameter in plain.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        told = PixelShuffleResidualNet(features=8, num_blocks=2, phases=True, facts=3)
+        told = PixelShuffleResidualNet(features=8, num_blocks=2, positions=True, facts=FACTS)
         told.load_state_dict(plain.state_dict())
-        image = torch.rand(1, 1, 12, 12)
-        maps = conditions((2, 2), slice(0, 12), slice(0, 12), noise=0.02)[None]
-        torch.testing.assert_close(told(torch.cat([image, maps], 1)), plain(image))
+        image, excess = torch.rand(2, 1, 1, 12, 12)
+        torch.testing.assert_close(told(torch.cat([image, excess, self.maps(0.02)], 1)), plain(image))
+        fewer = {**told.state_dict(), "embedding.0.weight": told.state_dict()["embedding.0.weight"][:, :5]}
+        told.load_state_dict(fewer)
+        assert not told.embedding[0].weight[:, 5:].any()
 
-    def test_facts_need_phases(self):
+    def test_facts_need_positions(self):
         with pytest.raises(ValueError, match="facts=3"):
             PixelShuffleResidualNet(facts=3)
 
 
+class TestSpectralFacts:
+    @pytest.mark.parametrize("noise", [0.005, 0.02, 0.05])
+    @pytest.mark.parametrize("cut", [False, True])
+    def test_noise_is_found(self, noise, cut):
+        """Also where the air was set to 0 afterwards."""
+        random = np.random.default_rng(0)
+        head = torch.from_numpy(toy.head((96, 90, 12))).float().movedim(-1, 0)
+        head = torch.nn.functional.avg_pool2d(head[:, None] / head.max(), 5, 1, 2)[:, 0]
+        noisy = Acquisition((Sampling(), Sampling()), noise)(head, random)
+        noisy = torch.where(head > 0.05, noisy, 0) if cut else noisy
+        assert spectral_facts(noisy)[0] == pytest.approx(noise, rel=0.35, abs=0.001)
+
+    def test_a_point_spread_lowers_the_end_of_the_spectrum_along_its_axis(self):
+        random = torch.Generator().manual_seed(0)
+        image = torch.nn.functional.avg_pool2d(torch.rand(1, 1, 128, 120, generator=random), 3, 1, 1)[0]
+        sharp, blurred = (Acquisition((Sampling(2, "kspace"), Sampling(2, p, 1)))(image) for p in ("kspace", "gaussian"))
+        change = spectral_facts(blurred)[1] - spectral_facts(sharp)[1]
+        assert float(change[:5].abs().max()) < 0.1
+        assert float(change[-1]) < -0.3
+
+    @pytest.mark.parametrize("shape", [(3, 40, 40), (1, 1, 1), (2, 5, 300)])
+    def test_air_and_tiny_slices_have_finite_facts(self, shape):
+        for image in (torch.zeros(shape), torch.rand(shape)):
+            noise, spectrum = spectral_facts(image)
+            assert np.isfinite(noise)
+            assert spectrum.shape == (FACTS - 3,)
+            assert bool(torch.isfinite(spectrum).all())
+
+
+@pytest.mark.parametrize("mode", ["spline", "bicubic"])
+@pytest.mark.parametrize("factors", [(2, 2), (1.7, 3), (1, 2.5)])
+def test_measured_samples_are_found_again_and_zero_filled(mode, factors):
+    image = torch.rand(2, 31, 40)
+    size = [refined_size(side, factor) for side, factor in zip(image.shape[1:], factors)]
+    enlarged = enlarge(image, factors, size, mode)
+    torch.testing.assert_close(measured_samples(enlarged, factors, mode), image, atol=1e-4, rtol=0)
+    filled = enlarged + zero_filled_excess(enlarged, factors, mode=mode)
+    torch.testing.assert_close(filled, enlarge(image, factors, size, "kspace"), atol=1e-4, rtol=0)
+    assert not zero_filled_excess(enlarged, factors, (True, True), mode).any()
+
+
 class TestReport:
     def test_interpolation_gains_nothing_over_itself(self, tmp_path):
-        network = PixelShuffleResidualNet(features=4, num_blocks=1, phases=True, facts=3)
+        network = PixelShuffleResidualNet(features=4, num_blocks=1, positions=True, facts=FACTS)
         table = measure_acquisitions([volume()], network, str(tmp_path), slices=3)
         assert {row.split(":")[0] for row in table} == {"x2", "5 mm"}
         for row, volumes in table.items():
@@ -121,7 +171,7 @@ class TestReport:
         assert (tmp_path / "acquisitions.json").is_file()
 
     def test_thick_slices_only_of_thin_ones(self, tmp_path):
-        network = PixelShuffleResidualNet(features=4, num_blocks=1, phases=True, facts=3)
+        network = PixelShuffleResidualNet(features=4, num_blocks=1, positions=True, facts=FACTS)
         table = measure_acquisitions([volume((64, 60, 50), (1, 1, 4))], network, str(tmp_path), slices=2)
         assert not any("mm" in row for row in table)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import toy
 
-from bundle.degradation import downsample, upsample
 from bundle.intensity import ScaleIntensityByPercentiled
 from bundle.loading import LoadVolumed
 from bundle.ranges import STATISTICS, compare, describe, measure, read_ranges
+from bundle.resampling import downsample, upsample
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -20,7 +20,7 @@ import torch
 import toy
 from PIL import Image
 
-from bundle.degradation import upsample
+from bundle.resampling import upsample
 
 ROOT = Path(__file__).parents[1]
 SHAPE, SPACING = (30, 24, 8), (1.0, 1.5, 3.0)

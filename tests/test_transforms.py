@@ -10,11 +10,11 @@ from monai.transforms import Compose, Orientation
 from nibabel.processing import resample_from_to
 from PIL import Image
 
-from bundle.degradation import degrade
 from bundle.errors import InputError
 from bundle.grid import InPlaneFactorsd, Upsampled
 from bundle.intensity import ScaleIntensityByPercentiled
 from bundle.loading import LoadVolumed
+from bundle.resampling import degrade
 from bundle.transforms import AxialSlicesd, CropInPlaned, Degraded
 
 

@@ -21,8 +21,8 @@ from scipy.ndimage import zoom as scipy_zoom
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from bundle.checkpoints import Checkpoints
-from bundle.degradation import acquire_slices, degrade
 from bundle.errors import InputError, reason
+from bundle.resampling import acquire_slices, degrade
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

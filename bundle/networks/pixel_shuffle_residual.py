@@ -21,40 +21,47 @@ class PixelShuffleResidualNet(nn.Module):
         features: filters of every convolution but the last.
         num_blocks: residual blocks of two convolutions.
         stride: pixels of the slice per pixel of the coarse grid, along each axis. It need not be the factor of super-resolution.
-        phases: whether the network is told the factor (:func:`bundle.degradation.phases`), which then scales and shifts the features
+        positions: whether the network is told the factor (:func:`bundle.conditions.positions`), which then scales and shifts the features
             of each block (Wang X. et al., CVPR 2018, doi 10.1109/CVPR.2018.00070). It starts out ignoring what it is told, and takes
             weights of a network that was never told.
-        facts: numbers that hold for the whole slice, told as channels (:func:`bundle.degradation.conditions`). With the factors they
-            pass through a small perceptron (32 units), which also scales and shifts the features of each block. 0 for none.
+        facts: numbers that hold for the whole slice, told as channels (:func:`bundle.conditions.conditions`). With the factors they
+            pass through a small perceptron (32 units), which also scales and shifts the features of each block. A network with facts
+            also takes :func:`bundle.conditions.zero_filled_excess`. It takes weights of a network with fewer facts, or none, and
+            starts out ignoring what is new. 0 for none.
     """
 
-    def __init__(self, features: int = 64, num_blocks: int = 9, stride: int = 2, phases: bool = False, facts: int = 0) -> None:
+    def __init__(self, features: int = 64, num_blocks: int = 9, stride: int = 2, positions: bool = False, facts: int = 0) -> None:
         super().__init__()
-        if facts and not phases:
-            raise ValueError(f"facts need phases, got facts={facts} and phases={phases}")
-        self.stride, self.channels = stride, 7 + facts if phases else 1
-        self.shallow = _conv(stride**2, features)
-        told = 6 * stride**2 if phases else 0
+        if facts and not positions:
+            raise ValueError(f"facts need positions, got facts={facts} and positions={positions}")
+        self.stride, self.images = stride, 2 if facts else 1
+        self.channels = self.images + 6 + facts if positions else 1
+        self.shallow = _conv(self.images * stride**2, features)
+        told = 6 * stride**2 if positions else 0
         self.embedding = nn.Sequential(nn.Linear(2 + facts, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU()) if facts else None
         blocks = [ResidualBlock(features, told, 32 if facts else 0) for _ in range(num_blocks)]
         self.deep = nn.ModuleList([*blocks, LastConvolution(features, features, 3, padding=1)])
         self.reconstruct = start_at_zero(_conv(features, stride**2))
-        self.register_load_state_dict_pre_hook(_complete_embedding)
+        self.register_load_state_dict_pre_hook(_complete_inputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1, H, W) -> (N, 1, H, W), for any H and W: the last row and column are repeated up to a multiple of ``stride``.
 
-        With ``phases``, (N, 7, H, W): the slice, then its phases. With ``facts``, (N, 7 + facts, H, W): these too, each constant.
+        With ``positions``, (N, 7, H, W): the slice, then its positions. With ``facts``, (N, 8 + facts, H, W): the slice, the excess of
+        zero-filling, the positions, and the facts, each constant.
         """
         if x.shape[1] != self.channels:
             raise ValueError(f"{self.channels} channels expected, got {x.shape[1]}")
         height, width = x.shape[-2:]
         padded = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
-        shallow = deep = self.shallow(F.pixel_unshuffle(padded[:, :1], self.stride))
-        phases = F.pixel_unshuffle(padded[:, 1:7], self.stride)
-        facts = x[:, :0, 0, 0] if self.embedding is None else self.embedding(torch.cat([x[:, 3:4, 0, 0], x[:, 6:, 0, 0]], 1))
+        first = self.images  # of the positions, of which the third and the sixth are constant
+        shallow = deep = self.shallow(F.pixel_unshuffle(padded[:, :first], self.stride))
+        positions = F.pixel_unshuffle(padded[:, first : first + 6], self.stride)
+        facts = x[:, :0, 0, 0]
+        if self.embedding is not None:
+            facts = self.embedding(torch.cat([x[:, first + 2 : first + 3, 0, 0], x[:, first + 5 :, 0, 0]], 1))
         for layer in self.deep:
-            deep = layer(deep, phases, facts)
+            deep = layer(deep, positions, facts)
         residual = F.pixel_shuffle(self.reconstruct(shallow + deep), self.stride)
         return x[:, :1] + residual[..., :height, :width]
 
@@ -67,11 +74,11 @@ class ResidualBlock(nn.Module):
         self.adaptation = start_at_zero(nn.Linear(embedded, 2 * features)) if embedded else None
         self.register_load_state_dict_pre_hook(_complete)
 
-    def forward(self, x: Tensor, phases: Tensor, facts: Tensor) -> Tensor:
-        """(N, features, H, W) -> (N, features, H, W); ``phases`` are (N, told, H, W), ``facts`` (N, embedded)."""
+    def forward(self, x: Tensor, positions: Tensor, facts: Tensor) -> Tensor:
+        """(N, features, H, W) -> (N, features, H, W); ``positions`` are (N, told, H, W), ``facts`` (N, embedded)."""
         hidden = self.body[0](x)
         if self.modulation is not None:
-            modulation = self.modulation(phases)
+            modulation = self.modulation(positions)
             if self.adaptation is not None:
                 modulation = modulation + self.adaptation(facts)[:, :, None, None]
             scale, shift = modulation.chunk(2, 1)
@@ -80,13 +87,13 @@ class ResidualBlock(nn.Module):
 
 
 class LastConvolution(nn.Conv2d):
-    def forward(self, x: Tensor, phases: Tensor, facts: Tensor) -> Tensor:  # type: ignore[override]
-        """(N, features, H, W) -> the same. Takes ``phases`` and ``facts`` only because TorchScript goes through layers of one signature."""
+    def forward(self, x: Tensor, positions: Tensor, facts: Tensor) -> Tensor:  # type: ignore[override]
+        """(N, features, H, W) -> the same. TorchScript wants layers of one signature, hence ``positions`` and ``facts``."""
         return self._conv_forward(x, self.weight, self.bias)
 
 
 def _complete(block: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """Complete the weights of a block that was never told the phases or the facts, so that it ignores them."""
+    """Complete the weights of a block that was never told the positions or the facts, so that it ignores them."""
     for name in ("modulation", "adaptation"):
         part = getattr(block, name)
         if part is not None:
@@ -94,11 +101,15 @@ def _complete(block: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) 
                 state_dict.setdefault(key, torch.zeros_like(value))
 
 
-def _complete_embedding(network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """Complete the weights of a network without facts: its blocks ignore the embedding, so any will do; its own start is kept."""
-    if network.embedding is not None:
-        for key, value in network.embedding.state_dict(prefix=f"{prefix}embedding.").items():  # type: ignore[union-attr, operator]
-            state_dict.setdefault(key, value)
+def _complete_inputs(network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """Complete the weights of a network that was told less, so that it ignores what is new."""
+    for key, own in network.state_dict(prefix=prefix).items():
+        if key.startswith(f"{prefix}embedding."):
+            state_dict.setdefault(key, own)  # the blocks ignore it: any will do, its own start is kept
+        if key in (f"{prefix}shallow.weight", f"{prefix}embedding.0.weight") and key in state_dict:
+            loaded = state_dict[key]
+            if loaded.shape[1] < own.shape[1]:
+                state_dict[key] = torch.cat([loaded, torch.zeros_like(own[:, loaded.shape[1] :]).to(loaded)], 1)
 
 
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import map_coordinates, zoom
 
-from bundle.degradation import (
+from bundle.resampling import (
     DEGRADATIONS,
     PROFILES,
     acquire_slices,
@@ -16,7 +16,7 @@ from bundle.degradation import (
     degrade_slices,
     downsample,
     interpolate_slices,
-    phases,
+    positions,
     refined_size,
     upsample,
 )
@@ -350,7 +350,7 @@ def test_phases_tell_where_the_nearest_measured_pixel_changes(factors):
     """Interpolated by the nearest neighbour, two pixels differ where the place between measured pixels jumps back."""
     rows, columns = slice(5, 38), slice(2, 33)
     image = degrade(noise(40, 36), factors, interpolation="nearest")[rows, columns]
-    maps = phases(factors, rows, columns)
+    maps = positions(factors, rows, columns)
     for axis in (0, 1):
         cosine, sine, step = maps[3 * axis : 3 * axis + 3]
         changes = torch.atan2(sine, cosine).diff(dim=axis) < 1e-5  # where an axis is not refined, every pixel is one

@@ -25,13 +25,11 @@ __all__ = [
     "Factor",
     "acquire_slices",
     "check_factor",
-    "conditions",
     "degrade",
     "degrade_slices",
     "downsample",
     "enlarge",
     "interpolate_slices",
-    "phases",
     "refined_size",
     "upsample",
 ]
@@ -42,7 +40,6 @@ INTERPOLATIONS = ("bicubic", "spline", "kspace", "bilinear", "nearest")
 
 Factor = float | Sequence[float]  # of both axes, or of the rows and of the columns
 
-NOISE_UNIT = 0.02  # of the intensity scale
 PIXEL_FRACTION = 0.01  # as much of a pixel may be missing or too much: a spacing in a file has few digits
 
 
@@ -142,43 +139,6 @@ def interpolate_slices(thick: Tensor, factor: float, size: int, order: int = 3) 
     # interpolation is linear in the slices: what it makes of each alone are the weights
     weights = torch.from_numpy(affine_transform(np.eye(number), order=order, mode="nearest", **to_thick))
     return thick @ weights.to(thick)
-
-
-def phases(factors: Sequence[float], rows: slice, columns: slice) -> Tensor:
-    """Where the pixels of an interpolated slice lie between those that were measured: what a network must know to serve any factor.
-
-    Args:
-        factors: of the rows and of the columns.
-        rows, columns: the part of the slice, in its pixels.
-
-    Returns:
-        (6, H, W): for the rows, then for the columns, cosine and sine of 2 pi times the low-resolution index of :func:`downsample`, and
-        1 / factor. Along an axis that was not refined they are 1, 0 and 1.
-    """
-    size = (rows.stop - rows.start, columns.stop - columns.start)
-    maps = []
-    for axis, (part, factor) in enumerate(zip((rows, columns), factors)):
-        index = (torch.arange(part.start, part.stop, dtype=torch.float64) + 0.5) / factor - 0.5
-        turns = 2 * math.pi * index
-        for line in (turns.cos(), turns.sin(), torch.full_like(turns, 1 / factor)):
-            maps.append(line.unsqueeze(1 - axis).expand(size))
-    return torch.stack(maps).float()
-
-
-def conditions(factors: Sequence[float], rows: slice, columns: slice, widths: Sequence[float] = (0, 0), noise: float = 0.0) -> Tensor:
-    """What the general network is told of a slice, pixel by pixel.
-
-    Args:
-        factors, rows, columns: as of :func:`phases`.
-        widths: slice thickness over slice distance, for an axis across which slices lie and where it is known; else 0.
-        noise: standard deviation, on the scale of the intensities.
-
-    Returns:
-        (9, H, W): :func:`phases`, then, constant, both widths and the noise in units of 0.02, so that all are of order 1.
-    """
-    maps = phases(factors, rows, columns)
-    facts = torch.tensor([*widths, noise / NOISE_UNIT], dtype=torch.float32)
-    return torch.cat([maps, facts[:, None, None].expand(3, *maps.shape[1:])])
 
 
 def refined_size(side: int, factor: float) -> int:

@@ -1,0 +1,148 @@
+"""What a network is told of a slice beside its pixels: where these lie, how fine the scan is, and how noisy.
+
+Nothing here needs the scan's header. The measured samples are found again from the interpolated slice, and their spectrum shows what the
+scanner did: a point spread makes it fall, k-space truncation does not, noise lifts its end.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .resampling import PIXEL_FRACTION, enlarge
+
+__all__ = ["FACTS", "conditions", "measured_samples", "positions", "spectral_facts", "zero_filled_excess"]
+
+NOISE_UNIT = 0.02  # of the intensity scale
+BANDS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)  # borders, in Nyquist frequencies of the measured samples
+CORNER = 0.7  # Nyquist frequencies: where both frequencies lie above, there is more noise than anatomy
+FOREGROUND = 0.05  # of the intensity scale
+FACTS = 3 + 2 * (len(BANDS) - 2)  # numbers of which conditions() makes maps
+
+
+def positions(factors: Sequence[float], rows: slice, columns: slice) -> Tensor:
+    """Where the pixels of an interpolated slice lie between those that were measured: what a network must know to serve any factor.
+
+    Args:
+        factors: of the rows and of the columns.
+        rows, columns: the part of the slice, in its pixels.
+
+    Returns:
+        (6, H, W): for the rows, then for the columns, cosine and sine of 2 pi times the low-resolution index of
+        :func:`bundle.resampling.downsample`, and 1 / factor. Along an axis that was not refined they are 1, 0 and 1.
+    """
+    size = (rows.stop - rows.start, columns.stop - columns.start)
+    maps = []
+    for axis, (part, factor) in enumerate(zip((rows, columns), factors)):
+        index = (torch.arange(part.start, part.stop, dtype=torch.float64) + 0.5) / factor - 0.5
+        turns = 2 * math.pi * index
+        for line in (turns.cos(), turns.sin(), torch.full_like(turns, 1 / factor)):
+            maps.append(line.unsqueeze(1 - axis).expand(size))
+    return torch.stack(maps).float()
+
+
+def conditions(factors: Sequence[float], rows: slice, columns: slice, widths: Sequence[float], noise: float, spectrum: Tensor) -> Tensor:
+    """What the general network is told of a slice, pixel by pixel.
+
+    Args:
+        factors, rows, columns: as of :func:`positions`.
+        widths: slice thickness over slice distance, for an axis across which slices lie and where it is known; else 0.
+        noise: standard deviation, on the scale of the intensities.
+        spectrum: (10,), see :func:`spectral_facts`.
+
+    Returns:
+        (6 + 13, H, W): :func:`positions`, then, constant, both widths, the noise in units of 0.02, and the spectrum: all of order 1.
+    """
+    maps = positions(factors, rows, columns)
+    facts = torch.cat([torch.tensor([*widths, noise / NOISE_UNIT]), spectrum.cpu()]).float()
+    return torch.cat([maps, facts[:, None, None].expand(FACTS, *maps.shape[1:])])
+
+
+def spectral_facts(measured: Tensor) -> tuple[float, Tensor]:
+    """Noise and sharpness of slices, from their spectrum.
+
+    Args:
+        measured: (..., h, w), the samples as they were measured, on the scale of the intensities. The facts are means over the slices
+            that hold anatomy.
+
+    Returns:
+        an estimate of the noise's standard deviation, from the frequencies at which anatomy has least; what fine anatomy there is counts
+        as well. And (10,): for the rows, then for the columns, the decadic logarithm of the power in five bands of frequencies up to
+        the Nyquist frequency, over that in a band of low ones.
+    """
+    slices = torch.as_tensor(measured).reshape(-1, *measured.shape[-2:]).float()
+    filled = (slices > FOREGROUND).float().mean((1, 2)) > 0.01
+    if not filled.any():
+        return 0.0, torch.zeros(FACTS - 3)
+    slices = slices[filled]
+    windows = [torch.hann_window(side + 2, periodic=False)[1:-1].to(slices) for side in slices.shape[1:]]
+    window = windows[0][:, None] * windows[1]  # borders that do not fit together would look like sharp edges
+    power = torch.fft.fft2(slices * window).abs().square()
+    frequencies = [2 * torch.fft.fftfreq(side).abs().to(slices) for side in slices.shape[1:]]
+    corner = (frequencies[0][:, None] > CORNER) & (frequencies[1] > CORNER)
+    if not corner.any():  # a few pixels
+        return 0.0, torch.zeros(FACTS - 3)
+    covered = (window.square() * (slices > 0)).sum((1, 2))  # where a file holds 0, the scan was cut: no noise either
+    noise = (power[:, corner].mean(1) / covered).sqrt().mean()
+    facts = []
+    for axis, f in enumerate(frequencies):
+        line = power.mean(2 - axis)
+        bands = [line[:, (f > low) & (f <= high)] for low, high in itertools.pairwise(BANDS)]
+        # a few samples may leave a band without a frequency: it then counts as the one below
+        levels: list[Tensor] = []
+        for band in bands:
+            levels.append((band.mean(1) + 1e-6).log10() if band.shape[1] else levels[-1] if levels else torch.zeros(len(line)).to(line))
+        facts += [(level - levels[0]).mean() for level in levels[1:]]
+    return float(noise), torch.stack(facts).cpu()
+
+
+def measured_samples(image: Tensor, factors: Sequence[float], mode: str = "spline") -> Tensor:
+    """The samples of which slices (..., H, W) were interpolated by :func:`bundle.resampling.enlarge`: (..., h, w)."""
+    rows, columns = (_inverse(side, factor, mode).to(image) for side, factor in zip(image.shape[-2:], factors))
+    return rows @ image @ columns.T
+
+
+def zero_filled_excess(image: Tensor, factors: Sequence[float], across: Sequence[bool] = (False, False), mode: str = "spline") -> Tensor:
+    """What zero-filling of k-space makes of the measured samples, less what interpolation made of them.
+
+    Where a scanner truncated k-space, zero-filling is the exact continuation; but across thick slices it is not.
+
+    Args:
+        image: (..., H, W), interpolated slices.
+        factors: of the rows and of the columns.
+        across: the axes across thick slices: they stay as they are interpolated.
+        mode: of the interpolation.
+
+    Returns:
+        (..., H, W).
+    """
+    filled = image
+    for axis, (factor, thick) in enumerate(zip(factors, across)):
+        if factor > 1 and not thick:
+            matrix = _to_zero_filled(image.shape[axis - 2], factor, mode).to(image)
+            filled = matrix @ filled if axis == 0 else filled @ matrix.T
+    return filled - image
+
+
+@functools.lru_cache(maxsize=16)
+def _enlargement(size: int, factor: float, mode: str) -> Tensor:
+    """Matrix (size, n) of an interpolation along one axis."""
+    count = max(1, math.ceil(size / factor - PIXEL_FRACTION))
+    return enlarge(torch.eye(count, dtype=torch.float64)[:, :, None], (factor, 1), (size, 1), mode)[..., 0].T.contiguous()
+
+
+@functools.lru_cache(maxsize=16)
+def _inverse(size: int, factor: float, mode: str) -> Tensor:
+    """Matrix (n, size) that gives the samples back."""
+    return torch.eye(size, dtype=torch.float64) if factor == 1 else torch.linalg.pinv(_enlargement(size, factor, mode))
+
+
+@functools.lru_cache(maxsize=16)
+def _to_zero_filled(size: int, factor: float, mode: str) -> Tensor:
+    """Matrix (size, size) from an interpolation to zero-filling."""
+    return _enlargement(size, factor, "kspace") @ _inverse(size, factor, mode)

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import map_coordinates, zoom
 
+from bundle.conditions import positions
 from bundle.resampling import (
     DEGRADATIONS,
     PROFILES,
@@ -16,7 +17,6 @@ from bundle.resampling import (
     degrade_slices,
     downsample,
     interpolate_slices,
-    positions,
     refined_size,
     upsample,
 )
@@ -346,7 +346,7 @@ def test_impossible_slices_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize("factors", [(2, 4), (3, 1.73), (2.2, 1)])
-def test_phases_tell_where_the_nearest_measured_pixel_changes(factors):
+def test_positions_tell_where_the_nearest_measured_pixel_changes(factors):
     """Interpolated by the nearest neighbour, two pixels differ where the place between measured pixels jumps back."""
     rows, columns = slice(5, 38), slice(2, 33)
     image = degrade(noise(40, 36), factors, interpolation="nearest")[rows, columns]

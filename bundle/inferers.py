@@ -96,15 +96,16 @@ class ForegroundInferer(SliceInferer):
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """(N, 1, three spatial axes) -> the same shape."""
-        told = self._telling(network, inputs) if self.positions else lambda rows, columns: network
-        given = self._with_excess(inputs) if self.facts else lambda part: part
-        if not self.skip_background:
-            rows, columns = (slice(0, side) for n, side in enumerate(inputs.shape[2:]) if n != self.spatial_dim)
-            every_pixel = super().__call__(given(inputs), told(rows, columns), *args, **kwargs)
+        if not (self.skip_background or self.positions):
+            every_pixel = super().__call__(inputs, network, *args, **kwargs)
             release_freed_memory()
             return every_pixel
+        told = self._telling(inputs) if self.positions else lambda part, rows, columns: part
+        given = self._with_excess(inputs) if self.facts else lambda part: part
         axis = self.spatial_dim + 2
         row_axis = 3 if axis == 2 else 2
+        sides = [side for n, side in enumerate(inputs.shape[2:]) if n != self.spatial_dim]
+        every = slice(0, sides[0]), slice(0, sides[1])
         outputs = inputs.clone()
 
         def window(n: int, rows: slice, columns: slice) -> list[slice]:
@@ -112,20 +113,21 @@ class ForegroundInferer(SliceInferer):
             return [*across[:axis], slice(n, n + 1), *across[axis:]]
 
         for n in tqdm(range(inputs.shape[axis]), unit="slice", disable=not self.show_slices):
-            box = foreground_box(inputs.select(axis, n), self.threshold, self.margin)
+            box = foreground_box(inputs.select(axis, n), self.threshold, self.margin) if self.skip_background else every
             if box is None:
                 continue
             whole = given(inputs.narrow(axis, n, 1))
-            for kept, rows, columns in bands(box, self.margin, MAX_PIXELS):
-                part = whole[*window(0, rows, columns)]
-                result: Any = super().__call__(part, told(rows, columns), *args, **kwargs)
+            for kept, rows, columns in bands(box, self.margin, MAX_PIXELS) if self.skip_background else [(box[0], *box)]:
+                part = told(whole[*window(0, rows, columns)], rows, columns)
+                result: Any = super().__call__(part, network, *args, **kwargs)
                 outputs[*window(n, kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
         release_freed_memory()
         return outputs
 
-    def _telling(self, network: Callable[..., Any], inputs: Tensor) -> Callable[[slice, slice], Callable[..., Any]]:
-        """For a part of the slices, the network that is told what is known of it."""
+    def _telling(self, inputs: Tensor) -> Callable[[Tensor, slice, slice], Tensor]:
+        """Adds what is known of it, as channels, to a part of a slice."""
         factors, across = self._factors(inputs)
+        axis = self.spatial_dim + 2
         if self.facts:
             width = float(inputs.meta.get("slice_width", 0))  # type: ignore[attr-defined]
             widths = [width if thick else 0.0 for thick in across]
@@ -133,10 +135,10 @@ class ForegroundInferer(SliceInferer):
             noise, spectrum = spectral_facts(measured_samples(planes, factors, self.interpolation))
             noise = noise if self.noise is None else self.noise
 
-        def told(rows: slice, columns: slice) -> Callable[..., Any]:
+        def told(part: Tensor, rows: slice, columns: slice) -> Tensor:
             maps = conditions(factors, rows, columns, widths, noise, spectrum) if self.facts else subpixel_positions(factors, rows, columns)
-            maps = maps.to(inputs.device, inputs.dtype)
-            return lambda x, *args, **kwargs: network(torch.cat([x, maps.expand(len(x), *maps.shape)], 1), *args, **kwargs)
+            maps = maps.to(inputs.device, inputs.dtype).unsqueeze(axis - 1)
+            return torch.cat([part, maps.expand(len(part), *maps.shape)], 1)
 
         return told
 

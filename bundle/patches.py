@@ -27,27 +27,33 @@ class RandomAcquisition:
     Within the plane: by 2 in half of the cases; k-space truncation in half, with 85 to 100 % of it covered (60 to 85 % in one of twenty),
     with and without apodisation; else the paper's bicubic, box or Gaussian point spreads. Across thick slices: Gaussian, box and trapezoid
     profiles, 60 to 120 % of the slice distance wide, told in half of the cases, with up to 3 % of alternating brightness; one of eight is
-    coarse along the other axis too. Noise: none (7 of 20), up to 2 % (7), up to 5 % (6). A third is stored in whole numbers.
+    coarse along the other axis too. Noise: none (7 of 20), up to 40 % of the largest (7), up to the largest (6). A third is stored in whole
+    numbers.
 
     Args:
         in_plane: the smallest and the largest factor within the plane.
         across: the smallest and the largest distance of thick slices, in pixels.
         thick: fraction of planes across thick slices.
+        largest_noise: standard deviation, on the scale of the intensities.
 
     Raises:
         InputError: when ``in_plane`` or ``across`` are not two ascending numbers of at least 1.
     """
 
-    def __init__(self, in_plane: Sequence[float] = (1.25, 4), across: Sequence[float] = (1.5, 7), thick: float = 0.45) -> None:
+    def __init__(
+        self, in_plane: Sequence[float] = (1, 4), across: Sequence[float] = (1.5, 7), thick: float = 0.0, largest_noise: float = 0.05
+    ) -> None:
         for factors in (in_plane, across):
             if check_factor(factors)[0] > factors[1]:
                 raise InputError(f"factors must be the smallest and the largest, got {factors}")
         self.in_plane, self.across, self.thick = check_factor(in_plane), check_factor(across), thick
+        self.noise = [0.0, 0.4 * largest_noise, largest_noise]
 
     def __call__(self, random: np.random.Generator) -> tuple[Acquisition, tuple[float, float], tuple[bool, bool]]:
         """An acquisition of the rows and the columns of a slice, the widths of the slice profile that are told, and the axes across
         thick slices."""
-        noise = float(random.choice([0, random.uniform(0, 0.02), random.uniform(0.02, 0.05)], p=[0.35, 0.35, 0.3]))
+        none, some, much = self.noise
+        noise = float(random.choice([none, random.uniform(none, some), random.uniform(some, much)], p=[0.35, 0.35, 0.3]))
         step = 1 / random.uniform(200, 4000) if random.random() < 1 / 3 else 0.0
         if random.random() < self.thick:
             sampling = self._across(random)
@@ -132,9 +138,10 @@ class AcquiredPatches(Dataset):
         min_foreground: fraction of pixels above ``threshold`` that a patch should have; ten places are tried for it.
         threshold: see there.
         seed: of everything.
+        facts: whether the network takes facts; one that does not cannot be trained on these patches.
 
     Raises:
-        InputError: when a volume has no plane that holds a patch.
+        InputError: when a volume has no plane that holds a patch, or ``facts`` is false.
     """
 
     def __init__(
@@ -148,7 +155,10 @@ class AcquiredPatches(Dataset):
         min_foreground: float = 0.25,
         threshold: float = 0.05,
         seed: int = 0,
+        facts: bool = True,
     ) -> None:
+        if not facts:
+            raise InputError("random acquisitions train networks with facts: add configs/general.json or configs/thick_slices.json")
         self.volumes: list[tuple[Tensor, list[int]]] = []
         for item in volumes:
             image = item["image"]

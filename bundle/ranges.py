@@ -9,8 +9,8 @@ from pathlib import Path
 
 from monai.data import MetaTensor
 
+from .conditions import spectral_facts
 from .files import write_json
-from .metrics import FOREGROUND
 from .resampling import Factor, check_factor
 
 __all__ = ["compare", "describe", "measure", "read_ranges"]
@@ -25,12 +25,9 @@ STATISTICS = {
     "spacing_x": "voxel size of the result along x, in mm,",
     "spacing_y": "voxel size of the result along y, in mm,",
     "spacing_z": "slice distance, in mm,",
-    "zero": "fraction of voxels that are exactly 0 (large where a skull is stripped)",
-    "foreground": f"fraction of voxels above {FOREGROUND} of the intensity scale",
-    "mean": "mean intensity of the foreground",
-    "std": "standard deviation of the foreground",
-    "skewness": "skewness of the foreground",
+    "noise": "standard deviation of the noise, relative to the brightest tissue,",
 }
+ORDINARY_NOISE = 0.02  # of the brightest tissue: not worth a warning
 TOLERANCE = 0.1  # of a value: how far outside the training data's range counts as far, where the range itself is narrower
 
 
@@ -38,7 +35,8 @@ def describe(image: MetaTensor, factor: Factor = 1) -> dict[str, float]:
     """Statistics by which volumes are compared.
 
     Args:
-        image: (1, X, Y, Z), RAS, intensities scaled by :class:`bundle.intensity.ScaleIntensityByPercentiled`, not clipped.
+        image: (1, X, Y, Z), RAS, intensities scaled by :class:`bundle.intensity.ScaleIntensityByPercentiled`, not clipped. Contrast
+            and content do not count: what makes a difference to a network are resolution, noise and factor (docs/acquisitions.md).
         factor: of the refinement, because the network works on the refined grid: in-plane, of both axes or along x and along y, or
             along all three axes.
 
@@ -48,11 +46,6 @@ def describe(image: MetaTensor, factor: Factor = 1) -> dict[str, float]:
     of_three = isinstance(factor, Sequence) and len(factor) == 3
     factors = tuple(factor) if of_three else (*check_factor(factor), 1)  # type: ignore[arg-type]
     spacing = [float(s) for s in image.pixdim]
-    voxels = image.as_tensor().flatten()
-    foreground = voxels[voxels > FOREGROUND].double()
-    if not len(foreground):  # negative values only
-        foreground = voxels.new_zeros(1)
-    mean, std = foreground.mean(), foreground.std(correction=0)
     return {
         "factor_x": factors[0],
         "factor_y": factors[1],
@@ -60,11 +53,7 @@ def describe(image: MetaTensor, factor: Factor = 1) -> dict[str, float]:
         "spacing_x": spacing[0] / factors[0],
         "spacing_y": spacing[1] / factors[1],
         "spacing_z": spacing[2] / factors[2],
-        "zero": float((voxels == 0).float().mean()),
-        "foreground": float((voxels > FOREGROUND).float().mean()),
-        "mean": float(mean),
-        "std": float(std),
-        "skewness": float(((foreground - mean) ** 3).mean() / std**3) if std > 0 else 0.0,
+        "noise": spectral_facts(image.as_tensor()[0].movedim(-1, 0))[0],
     }
 
 
@@ -93,6 +82,7 @@ def measure(
     key: str = "image",
     in_plane_factors: Sequence[float] = (1, 1),
     across_factors: Sequence[float] = (1, 1),
+    largest_noise: float | None = None,
 ) -> None:
     """Write the range of every statistic over volumes: ``{"volumes": their number, "ranges": {name: [smallest, largest]}}``.
 
@@ -103,10 +93,12 @@ def measure(
         in_plane_factors: the smallest and the largest that the network is trained for.
         across_factors: the same across the slices. A network that is trained for such saw planes of any orientation: all axes then share
             one range of spacings.
+        largest_noise: that was added in training; ``None`` where volumes were taken as they are.
     """
     rows = [describe(item[key]) for item in volumes]
     ranges = {name: [float(f"{f(row[name] for row in rows):.6g}") for f in (min, max)] for name in STATISTICS}
     ranges |= {f"factor_{axis}": [float(f) for f in (across_factors if axis == "z" else in_plane_factors)] for axis in "xyz"}
+    ranges["noise"] = [0.0, max(ranges["noise"][1], ORDINARY_NOISE, float(largest_noise or 0))]
     if max(across_factors) > 1:
         spacings = [bound for axis in "xyz" for bound in ranges[f"spacing_{axis}"]]
         ranges |= {f"spacing_{axis}": [min(spacings), max(spacings)] for axis in "xyz"}

@@ -21,6 +21,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from . import version
+from .acquisition import acquired_fraction
 from .arguments import paths
 from .dicom import is_dicom_volume
 from .errors import switch
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 DICOM_ENDING = "_sr_dicom"  # of the folder of a series
 HOT = 6.0  # magnitude in the intensity scale that no ordinary voxel has
+FILLED = 0.8  # fraction of k-space below which a grid is worth a remark
 THICK = (2.5, 2.0)  # slices of so many mm, and so many times the smallest side, are worth making isotropic
 
 
@@ -149,11 +151,14 @@ class CompareWithTrainingd(MapTransform):
         statistics = describe(image, image.meta["factor"])
         far = compare(statistics, self.ranges, image.meta.get("modality", ""))
         advice = _thick_slices(image) if len(image.meta["factor"]) == 2 else []
+        fractions = [acquired_fraction(image.as_tensor()[0], axis) if thin else 1.0 for axis, thin in enumerate(_thin(image))]
+        advice += _zero_filled(image, fractions)
         for line in (*advice, *far):
             logger.warning("%s: %s", name_of(image), line)
         report = {
             "warnings": [*filter(None, image.meta.get("remarks", "").split("\n")), *advice, *far],
             "input_spacing": image.pixdim.tolist(),
+            "acquired_spacing": [float(side) / fraction for side, fraction in zip(image.pixdim, fractions)],
             "statistics": statistics,
             "training_ranges": self.ranges or None,
         }
@@ -332,6 +337,21 @@ def _gap(image: MetaTensor) -> float:
     thickness, spacing = (float(image.meta.get(key, 0)) for key in ("slice_thickness", "slice_spacing"))
     before = float(image.pixdim[2]) * float(image.meta["factor"][2])
     return max(0.0, 1 - thickness / spacing) if thickness and abs(spacing - before) < 0.01 * before else 0.0
+
+
+def _thin(image: MetaTensor) -> list[bool]:
+    """The axes that are not across thick slices: there the end of k-space can show."""
+    return [float(side) < THICK[1] * float(min(image.pixdim)) for side in image.pixdim]
+
+
+def _zero_filled(image: MetaTensor, fractions: Sequence[float]) -> list[str]:
+    """Advice for a volume that the scanner put on a finer grid than it acquired; none for others."""
+    filled = [axis for axis, fraction in enumerate(fractions) if fraction < FILLED]
+    if not filled:
+        return []
+    voxels, acquired = (" x ".join(f"{float(image.pixdim[a]) / (f[a] if f else 1):.4g}" for a in filled) for f in (None, fractions))
+    names = " and ".join("xyz"[axis] for axis in filled)
+    return [f"voxels of {voxels} mm along {names} hold detail of {acquired} mm only: the scanner filled k-space with zeros"]
 
 
 def _thick_slices(image: MetaTensor) -> list[str]:

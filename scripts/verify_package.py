@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
 
-SLICES = (2, 1, 17, 24)  # an odd and an even side
+SIDES = (17, 24)  # an odd and an even one
 TOLERANCE = 1e-4
+CHANNELS = "_meta_::network_data_format::inputs::image::num_channels"
 
 
 def main() -> None:
@@ -81,11 +82,12 @@ def check_networks(entry: Path, work: Path) -> None:
         title = overlay.stem if overlay else "network"
         files = [str(path) for path in (configs / "inference.json", overlay) if path]
         common = {"config_file": files, "meta_file": str(configs / "metadata.json"), "bundle_root": str(entry)}
-        verify_net_in_out(net_id="network_def", device="cpu", **common)
         parser = ConfigParser()
         parser.read_config(files)
         parser["bundle_root"] = str(entry)
         network = parser.get_parsed_content("network_def").eval()
+        channels = getattr(network, "channels", 1)  # the metadata describe the default network; compared networks take the slice alone
+        verify_net_in_out(net_id="network_def", device="cpu", **common, **({CHANNELS: channels} if overlay else {}))
         if not Path(inspect.getfile(type(network))).is_relative_to(entry):
             sys.exit(f"error: {title}: {inspect.getfile(type(network))} is not in the entry")
         checkpoint = Path(parser.get_parsed_content("checkpoint"))
@@ -98,7 +100,7 @@ def check_networks(entry: Path, work: Path) -> None:
         ckpt_export(ckpt_file=str(checkpoint), filepath=str(work / "network.ts"), **common)
         network.load_state_dict(torch.load(checkpoint, weights_only=True))
         exported = torch.jit.load(work / "network.ts")
-        slices = torch.rand(SLICES)
+        slices = torch.rand(2, channels, *SIDES)
         with torch.inference_mode():
             difference = float((network(slices) - exported(slices)).abs().max())
         if not difference <= TOLERANCE:

@@ -58,8 +58,11 @@ def test_required_packages_are_dependencies():
 
 def test_training_and_inference_agree():
     train, inference = config("train"), config("inference")
-    for key in ("network_def", "device", "bundle_root", "reader", "scale", "checkpoint", "load", "orient", "select_slices"):
+    for key in ("device", "bundle_root", "reader", "scale", "degradation", "load", "orient", "select_slices"):
         assert train[key] == inference[key], key
+    general = config("general")
+    for key in ("network_def", "positions", "facts", "interpolation", "checkpoint"):
+        assert general[key] == inference[key], key
     assert inference["network"].items() <= train["network"].items()
     # training clips what inference must not
     assert train["scale_intensity"] == {**inference["scale_intensity"], "clip": True}
@@ -127,7 +130,6 @@ def test_workflow_has_the_properties_of_a_bundle(files, kind, data):
         workflow_type=kind,
         dataset_dir=data,
         patch_size=15,
-        **toy.TINY_OVERRIDES,
     )
     workflow.initialize()
     assert workflow.check_properties() == []
@@ -138,7 +140,7 @@ def test_workflow_has_the_properties_of_a_bundle(files, kind, data):
 def test_mixed_precision_is_switched_as_the_command_line_says(file, engine, given, used, data, tmp_path):
     parser = ConfigParser()
     parser.read_config(str(CONFIGS / f"{file}.json"))
-    parser.update({"dataset_dir": data, "output_dir": str(tmp_path), "amp": given, **toy.TINY_OVERRIDES})
+    parser.update({"dataset_dir": data, "output_dir": str(tmp_path), "amp": given})
     assert parser.get_parsed_content(engine).amp is used
 
 
@@ -151,23 +153,18 @@ def test_servers_need_no_data_folder_for_postprocessing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["train", "inference"])
-def test_network_maps_what_the_metadata_say(name):
+def test_network_maps_what_the_metadata_say():
     verify_net_in_out(
-        net_id="network_def",
-        meta_file=str(CONFIGS / "metadata.json"),
-        config_file=str(CONFIGS / f"{name}.json"),
-        device="cpu",
-        **toy.TINY_OVERRIDES,
+        net_id="network_def", meta_file=str(CONFIGS / "metadata.json"), config_file=str(CONFIGS / "inference.json"), device="cpu"
     )
 
 
-def test_shipped_weights_fit_the_default_network():
-    from bundle.networks import MultiScaleResidualNet
-
-    path = ROOT / "models" / "model.pt"
+@pytest.mark.parametrize("overlays", [("inference",), ("inference", "isotropic"), ("inference", "networks/proposed"), ("train",)])
+def test_shipped_weights_fit_their_network(overlays):
+    parser = ConfigParser()
+    parser.read_config([CONFIGS / f"{name}.json" for name in overlays])
+    path = Path(parser.get_parsed_content("checkpoint"))
     assert path.stat().st_size < 25e6
-    assert list(path.parent.glob("*.pt")) == [path]
     state = torch.load(path, weights_only=True)
-    MultiScaleResidualNet().load_state_dict(state)
+    parser.get_parsed_content("network_def").load_state_dict(state)
     assert all(torch.isfinite(v).all() for v in state.values())

@@ -221,7 +221,7 @@ def infer(tmp_path):
     def infer(dataset_dir, configs=("inference.json",), **options):
         excepthook = sys.excepthook
         out = tmp_path / "out"
-        options = {"checkpoint": str(weights), **toy.TINY_OVERRIDES, **options}
+        options = {"checkpoint": str(weights), **toy.TINY_INFERENCE, **options}
         monai.bundle.run(
             config_file=[str(ROOT / "configs" / name) for name in configs],
             dataset_dir=str(dataset_dir),

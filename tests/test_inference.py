@@ -42,7 +42,7 @@ def infer(checkpoints, tmp_path, monkeypatch):
 
     def run(dataset_dir, weights="random", output_dir=None, overlays=(), **overrides):
         output_dir = Path(output_dir or tmp_path / "out")
-        given = {"checkpoint": checkpoints[weights], "device": "cpu", "clip": False, **toy.TINY_OVERRIDES, **overrides}
+        given = {"checkpoint": checkpoints[weights], "device": "cpu", "clip": False, **toy.TINY_INFERENCE, **overrides}
         files = [CONFIG, *(str(ROOT / "configs" / f"{overlay}.json") for overlay in overlays)]
         monai.bundle.run(config_file=files, dataset_dir=str(dataset_dir), output_dir=str(output_dir), **given)
         return output_dir
@@ -345,7 +345,7 @@ def command(directory, checkpoints, *arguments, configs=(CONFIG,), launcher=("-m
 def words(checkpoints, configs=(CONFIG,), launcher=("-m",)):
     """Of the command."""
     logging = str(ROOT / "configs" / "logging.conf")
-    given = {"config_file": str(list(configs)), "checkpoint": checkpoints["random"], "logging_file": logging, **toy.TINY_OVERRIDES}
+    given = {"config_file": str(list(configs)), "checkpoint": checkpoints["random"], "logging_file": logging, **toy.TINY_INFERENCE}
     options = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     return [sys.executable, *launcher, "monai.bundle", "run", *options]
 
@@ -574,7 +574,7 @@ class TestBadInput:
     def test_checkpoint_of_another_network_is_refused_by_name(self, infer, checkpoints, tmp_path):
         path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
         with pytest.raises(Exception) as error:
-            infer(path, **{"network_def::num_modules": 2})
+            infer(path, network_def={**toy.TINY_INFERENCE["network_def"], "num_modules": 2})
         assert reason(error.value).startswith(f"{checkpoints['random']}: weights of another network (Missing key(s)")
         assert not (tmp_path / "out" / "a_sr.nii.gz").exists()
 

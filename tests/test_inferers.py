@@ -212,7 +212,7 @@ def test_a_volume_is_super_resolved_as_without_skipping(tmp_path, monkeypatch):
     for way in ("true", "false"):
         monai.bundle.run(
             config_file=CONFIG, dataset_dir=str(scan), output_dir=str(tmp_path / way), checkpoint=str(weights),
-            device="$torch.device('cpu')", skip_background=way, **toy.TINY_OVERRIDES,
+            device="$torch.device('cpu')", skip_background=way, **toy.TINY_INFERENCE,
         )  # fmt: skip
         found[way] = nib.load(tmp_path / way / "scan_sr.nii.gz").get_fdata()
     anatomy = np.kron(array > 100, np.ones((2, 2, 1))) > 0

@@ -7,6 +7,7 @@ import pytest
 from monai.bundle import ConfigParser
 
 from bundle.errors import InputError, check_overlays
+from bundle.patches import AcquiredPatches, RandomAcquisition
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORKS = [f"networks/{path.stem}" for path in sorted((CONFIGS / "networks").glob("*.json"))]
@@ -19,6 +20,8 @@ OF_INFERENCE = [
     *NETWORKS, "general", "any_factor", "isotropic", "inference_onnx", "inference_trt", "inference_torchscript", "multi_gpu_inference",
 ]  # fmt: skip
 DIFFERENT_WORKFLOWS = {frozenset(pair) for pair in itertools.combinations(("evaluate", "measure_ranges", "evaluate_acquisitions"), 2)}
+WITHOUT_FACTS = [*NETWORKS, "any_factor"]
+REFUSED = DIFFERENT_WORKFLOWS | {frozenset((name, "random_acquisitions")) for name in WITHOUT_FACTS}
 
 
 def merged(base, *overlays):
@@ -42,8 +45,17 @@ def test_every_overlay_is_looked_at():
 @pytest.mark.slow
 def test_the_order_of_two_overlays_does_not_matter(base, overlays):
     for pair in itertools.combinations(overlays, 2):
-        if frozenset(pair) not in DIFFERENT_WORKFLOWS:
+        if frozenset(pair) not in REFUSED:
             assert merged(base, *pair) == merged(base, *pair[::-1]), pair
+
+
+@pytest.mark.parametrize("network", WITHOUT_FACTS)
+def test_random_acquisitions_need_a_network_with_facts(network):
+    for order in ((network, "random_acquisitions"), ("random_acquisitions", network)):
+        patches = merged("train", *order)["train"]["patches"]
+        assert (patches["facts"], merged("train", *order)["facts"]) == ("@facts", False)
+    with pytest.raises(InputError, match=r"add configs/general\.json"):
+        AcquiredPatches([], RandomAcquisition(), facts=False)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def tried(tmp_path_factory):
             checkpoint=str(toy.save_checkpoint(folder / "untrained.pt", random=False)),
             device="cpu",
             clip=False,
-            **toy.TINY_OVERRIDES,
+            **toy.TINY_INFERENCE,
         )
     sys.excepthook = excepthook
     with (folder / "out" / "failed.csv").open(newline="", encoding="utf-8") as stream:

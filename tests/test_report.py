@@ -89,11 +89,11 @@ def folder(tmp_path_factory):
         dataset_dir=str(folder / "in"),
         output_dir=str(folder / "out"),
         checkpoint=str(toy.save_checkpoint(folder / "random.pt")),
-        training_ranges=str(ROOT / "models" / "model.json"),
+        training_ranges=str(ROOT / "models" / "baselines" / "proposed.json"),
         device="$torch.device('cpu')",
         report=True,
         clip=False,
-        **toy.TINY_OVERRIDES,
+        **toy.TINY_INFERENCE,
     )
     sys.excepthook = excepthook
     return folder
@@ -176,7 +176,7 @@ def test_missing_ranges_are_said(tmp_path, monkeypatch):
         output_dir=str(tmp_path),
         checkpoint=str(toy.save_checkpoint(tmp_path / "untrained.pt", random=False)),
         report=True,
-        **toy.TINY_OVERRIDES,
+        **toy.TINY_INFERENCE,
     )
     page = Page(tmp_path / "flat_sr.html")
     assert page.warnings == ["not compared with the training data: no ranges beside the weights"]

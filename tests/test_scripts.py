@@ -42,7 +42,7 @@ def test_demo_beats_bicubic_on_the_template(monkeypatch, tmp_path, capsys):
 def benchmark(monkeypatch, tmp_path, capsys):
     """``benchmark(*arguments)``: what ``benchmark.py`` prints, in lines, and its JSON file, with a tiny network in place of the default."""
     overlay = tmp_path / "overlay.json"
-    overlay.write_text(json.dumps({"network_def": {"_target_": "bundle.networks.MultiScaleResidualNet", **toy.TINY}}))
+    overlay.write_text(json.dumps(toy.TINY_INFERENCE))
 
     def measure(*arguments: str) -> tuple[list[str], dict]:
         run(monkeypatch, "benchmark.py", "--repeats", "1", "--json", str(tmp_path / "b.json"), "--overlay", str(overlay), *arguments)
@@ -96,7 +96,7 @@ def test_benchmark_measures_training_with_and_without_its_data(benchmark, tmp_pa
 def test_benchmark_measures_whole_runs(tmp_path):
     module = runpy.run_path(str(SCRIPTS / "benchmark.py"))
     overlay = tmp_path / "overlay.json"
-    overlay.write_text(json.dumps({"network_def": {"_target_": "bundle.networks.MultiScaleResidualNet", **toy.TINY}}))
+    overlay.write_text(json.dumps(toy.TINY_INFERENCE))
     given = SimpleNamespace(overlay=[str(overlay)], checkpoint=str(toy.save_checkpoint(tmp_path / "tiny.pt")))
     seconds, gigabytes = module["whole_run"](given, slices=2, side=32)
     assert seconds > 0.5

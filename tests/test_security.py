@@ -48,7 +48,7 @@ def test_malicious_weights_are_refused_by_name(write, trap, tmp_path, monkeypatc
             dataset_dir=str(volume),
             output_dir=str(tmp_path / "out"),
             checkpoint=str(tmp_path / "evil.pt"),
-            **toy.TINY_OVERRIDES,
+            **toy.TINY_INFERENCE,
         )
     assert (
         reason(error.value)
@@ -69,7 +69,7 @@ def test_malicious_checkpoint_is_refused_by_name(trap, tmp_path, monkeypatch):
             output_dir=str(tmp_path),
             resume=True,
             patch_size=15,
-            **toy.TINY_OVERRIDES,
+            **toy.TINY_INFERENCE,
         )
     assert f"{tmp_path / 'models' / 'last.pt'}: not a checkpoint of this training; refused" in reason(error.value)
     assert not trap.exists()

@@ -32,6 +32,12 @@ from bundle.networks import MultiScaleResidualNet
 SHAPE = (40, 36, 6)
 TINY = {"features": 4, "num_modules": 1}
 TINY_OVERRIDES = {f"network_def::{key}": value for key, value in TINY.items()}
+TINY_INFERENCE = {  # the paper's network in the place of the general one
+    "network_def": {"_target_": "bundle.networks.MultiScaleResidualNet", **TINY},
+    "positions": False,
+    "facts": False,
+    "interpolation": "@degradation",
+}
 
 
 def head(shape: Sequence[int] = SHAPE, peak: float = 1000.0, seed: int = 0) -> np.ndarray:

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .resampling import PIXEL_FRACTION, enlarge
+from .resampling import PIXEL_FRACTION, downsample, enlarge
 
-__all__ = ["FACTS", "conditions", "measured_samples", "positions", "spectral_facts", "zero_filled_excess"]
+__all__ = ["FACTS", "conditions", "measured_samples", "positions", "spectral_facts", "with_measured_kspace", "zero_filled_excess"]
 
 NOISE_UNIT = 0.02  # of the intensity scale
 BANDS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)  # borders, in Nyquist frequencies of the measured samples
@@ -129,6 +129,23 @@ def zero_filled_excess(image: Tensor, factors: Sequence[float], across: Sequence
             matrix = _to_zero_filled(image.shape[axis - 2], factor, mode).to(image)
             filled = matrix @ filled if axis == 0 else filled @ matrix.T
     return filled - image
+
+
+def with_measured_kspace(result: Tensor, image: Tensor, factors: Sequence[float], share: float = 1.0, mode: str = "spline") -> Tensor:
+    """A result with the measured samples put back into its k-space: noise and texture of the scan return.
+
+    Args:
+        result: (..., H, W).
+        image: (..., H, W), the interpolated slices that it was made from.
+        factors: of the rows and of the columns.
+        share: of the measured samples: 1 replaces what the result holds of their frequencies, 0 nothing.
+        mode: of the interpolation.
+
+    Returns:
+        (..., H, W). With a share of 1, k-space truncation gives the measured samples again.
+    """
+    missing = measured_samples(image, factors, mode) - downsample(result, factors, "kspace")
+    return result + share * enlarge(missing, factors, result.shape[-2:], "kspace")
 
 
 @functools.lru_cache(maxsize=16)

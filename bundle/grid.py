@@ -18,7 +18,7 @@ from .transforms import name_of
 
 ISOTROPIC = 1.1  # largest side of a voxel, as a multiple of the smallest, that counts as isotropic
 
-__all__ = ["InPlaneFactorsd", "IsotropicFactorsd", "ThickAxisLastd", "Upsampled", "oriented"]
+__all__ = ["InPlaneFactorsd", "IsotropicFactorsd", "ThickAxisLastd", "Upsampled", "oriented", "slice_width"]
 
 
 class InPlaneFactorsd(MapTransform):
@@ -51,24 +51,31 @@ class InPlaneFactorsd(MapTransform):
 
 
 class IsotropicFactorsd(MapTransform):
-    """Decide how much finer the grid becomes along each axis for cubic voxels, and keep the three factors in ``meta["factor"]``.
+    """Decide how much finer the grid becomes along each axis for cubic voxels, and keep the three factors in ``meta["factor"]``; and the
+    slice thickness over the slice distance, where the header tells it, in ``meta["slice_width"]``.
 
     Args:
         keys: volumes (1, X, Y, Z).
         spacing: voxel size in mm; ``None`` takes the smallest of the volume. An axis that is already finer stays as it is.
         factor: must be ``None``, because the factors follow from ``spacing``.
+        slice_thickness: of the slices across the last axis, in mm; ``None`` takes that of the header, where it is known.
 
     Raises:
-        InputError: for an impossible ``spacing``, or a ``factor``; for a volume that is already finer than ``spacing`` along all axes.
+        InputError: for an impossible ``spacing`` or ``slice_thickness``, or a ``factor``; for a volume that is already finer than
+            ``spacing`` along all axes.
     """
 
-    def __init__(self, keys: KeysCollection, spacing: float | None = None, factor: Any = None) -> None:
+    def __init__(
+        self, keys: KeysCollection, spacing: float | None = None, factor: Any = None, slice_thickness: float | None = None
+    ) -> None:
         super().__init__(keys)
         if factor is not None:
             raise InputError(f"scale is {factor!r}, but isotropic voxels have the size that spacing says, in mm: use --spacing")
         if spacing is not None and not _is_size(spacing):
             raise InputError(f"spacing must be a positive number in mm, got {spacing!r}")
-        self.spacing = spacing
+        if slice_thickness is not None and not _is_size(slice_thickness):
+            raise InputError(f"slice_thickness must be a positive number in mm, got {slice_thickness!r}")
+        self.spacing, self.slice_thickness = spacing, slice_thickness
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         d: dict = dict(data)
@@ -78,6 +85,8 @@ class IsotropicFactorsd(MapTransform):
                 sides = " x ".join(f"{float(side):.4g}" for side in d[key].pixdim)
                 raise PassedOver(f"{name_of(d[key])}: voxels of {sides} mm are isotropic already")
             d[key].meta["factor"] = list(_factors_to(d[key], [self.spacing or smallest] * 3))
+            own = self.slice_thickness
+            d[key].meta["slice_width"] = own / float(d[key].pixdim[2]) if own else slice_width(d[key])
         return d
 
 
@@ -138,6 +147,14 @@ def oriented(image: MetaTensor, axcodes: str) -> MetaTensor:
     turn = Orientation(axcodes=axcodes, labels=None)
     with turn.trace_transform(False):
         return turn(image)  # type: ignore[return-value]
+
+
+def slice_width(image: MetaTensor) -> float:
+    """Thickness of the slices across the last axis, as a fraction of their distance: below 1 there are gaps. 0 where the header does not
+    say, or says it of another axis."""
+    distance = float(image.pixdim[2])
+    thickness, spacing = float(image.meta.get("slice_thickness", 0)), float(image.meta.get("slice_spacing", distance))
+    return thickness / spacing if thickness and abs(spacing - distance) < 0.01 * distance else 0.0
 
 
 def _is_size(value: Any) -> bool:

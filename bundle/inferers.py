@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .conditions import conditions, measured_samples, spectral_facts, zero_filled_excess
+from .conditions import conditions, measured_samples, spectral_facts, with_measured_kspace, zero_filled_excess
 from .conditions import positions as subpixel_positions
 from .errors import InputError, switch
 from .memory import release_freed_memory
@@ -20,6 +20,7 @@ from .memory import release_freed_memory
 __all__ = ["AutocastInferer", "ForegroundInferer", "OrthogonalSlices", "foreground_box"]
 
 BLOCK = 4  # pixels; boxes start at multiples, so that networks which unshuffle by 2 or 4 group the pixels as in the whole slice
+WIDTHS = (0.5, 1.3)  # slice thickness over slice distance: what lies outside was not trained, and is not told
 MAX_PIXELS = 512 * 192  # computed at once: the feature maps of larger boxes would need more memory than whole volumes
 
 
@@ -64,12 +65,14 @@ class ForegroundInferer(SliceInferer):
         facts: whether it is also told what zero-filling would give (:func:`bundle.conditions.zero_filled_excess`), the width of the slice
             profile, ``inputs.meta["slice_width"]`` where that is known, the noise and the spectrum (:func:`bundle.conditions.conditions`).
         noise: to tell: standard deviation, as a fraction of the intensity scale; ``None`` tells what is measured.
+        denoise: 1 takes the result as it is; 0 keeps the measured k-space of each slice, with its noise, and takes from the result what
+            lies beyond it; values in between mix (:func:`bundle.conditions.with_measured_kspace`).
         interpolation: mode by which the slices were interpolated (:func:`bundle.resampling.enlarge`); across thick ones it is ``"spline"``.
         progress: whether to show a bar, which counts slices.
         kwargs: of :class:`monai.inferers.SliceInferer`. Its ``roi_size`` and ``sw_batch_size`` hold within a box or band.
 
     Raises:
-        InputError: when ``skip_background`` is not a switch, or ``noise`` no fraction.
+        InputError: when ``skip_background`` is not a switch, ``noise`` or ``denoise`` no fraction.
         ValueError: when ``threshold`` or ``margin`` is negative.
     """
 
@@ -81,6 +84,7 @@ class ForegroundInferer(SliceInferer):
         positions: bool = False,
         facts: bool = False,
         noise: float | None = None,
+        denoise: float = 1.0,
         interpolation: str = "spline",
         progress: bool = False,
         **kwargs: Any,
@@ -90,7 +94,9 @@ class ForegroundInferer(SliceInferer):
             raise ValueError(f"threshold and margin must not be negative, got {threshold} and {margin}")
         if noise is not None and (not isinstance(noise, (int, float)) or not 0 <= noise < 1):
             raise InputError(f"noise must be a fraction of the intensity scale, such as 0.02, got {noise!r}")
-        self.noise, self.interpolation = noise, interpolation
+        if not isinstance(denoise, (int, float)) or not 0 <= denoise <= 1:
+            raise InputError(f"denoise must be a number from 0 to 1, got {denoise!r}")
+        self.noise, self.denoise, self.interpolation = noise, denoise, interpolation
         self.threshold, self.margin, self.show_slices = threshold, margin, progress
         super().__init__(progress=progress and not self.skip_background, **kwargs)
 
@@ -121,6 +127,10 @@ class ForegroundInferer(SliceInferer):
                 part = told(whole[*window(0, rows, columns)], rows, columns)
                 result: Any = super().__call__(part, network, *args, **kwargs)
                 outputs[*window(n, kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
+            if self.denoise < 1:
+                before, after = (torch.as_tensor(v.narrow(axis, n, 1)).movedim(axis, 0) for v in (inputs, outputs))
+                mixed = with_measured_kspace(after, before, self._factors(inputs)[0], 1 - self.denoise, self.interpolation)
+                outputs[*window(n, *every)] = mixed.movedim(0, axis)
         release_freed_memory()
         return outputs
 
@@ -130,6 +140,7 @@ class ForegroundInferer(SliceInferer):
         axis = self.spatial_dim + 2
         if self.facts:
             width = float(inputs.meta.get("slice_width", 0))  # type: ignore[attr-defined]
+            width = width if WIDTHS[0] <= width <= WIDTHS[1] else 0.0
             widths = [width if thick else 0.0 for thick in across]
             planes = inputs.as_subclass(Tensor).movedim(self.spatial_dim + 2, 0)[:, 0, 0]  # the facts are those of the first volume
             noise, spectrum = spectral_facts(measured_samples(planes, factors, self.interpolation))
@@ -166,10 +177,16 @@ class OrthogonalSlices(Inferer):
     """Run a network of slices on the two families of planes that contain the last axis, across which slices are thick, and average.
 
     Args:
+        denoise: must be 1: across thick slices there is no measured k-space to keep.
         kwargs: of :class:`ForegroundInferer`.
+
+    Raises:
+        InputError: for another ``denoise``.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, denoise: float = 1.0, **kwargs: Any) -> None:
+        if denoise != 1:
+            raise InputError(f"denoise is for slices within their plane: with thick slices it must be 1, got {denoise!r}")
         self.families = [ForegroundInferer(roi_size=(-1, -1), spatial_dim=axis, **kwargs) for axis in (0, 1)]
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -190,7 +190,8 @@ class Consistencyd(MapTransform):
         for name, key in zip(("interpolated", "result"), self.keys):
             volume = data[key].as_tensor()
             if len(factors) > 2:  # the slice profile is not known: a box, with the gap that the header tells
-                volume = acquire_slices(volume, factors[2], "box", _gap(data[self.keys[0]]))
+                width = data[self.keys[0]].meta.get("slice_width") or 1.0
+                volume = acquire_slices(volume, factors[2], "box", max(0.0, 1 - width))
             slices = volume.movedim(-1, 0)
             squares = ((downsample(s.float().cpu(), factors[:2]) - b).square() for s, b in zip(slices, before))
             error = sum(float(s[counts].sum()) for s, counts in zip(squares, ordinary))
@@ -329,14 +330,6 @@ class SaveReportd(MapTransform):
         }
         write_json(self.results.path(volume, "_sr.json"), report)
         return data
-
-
-def _gap(image: MetaTensor) -> float:
-    """Gap between the slices that a refined volume was made of, as a fraction of their distance; 0 where their thickness is not known or
-    their axis is not the last one."""
-    thickness, spacing = (float(image.meta.get(key, 0)) for key in ("slice_thickness", "slice_spacing"))
-    before = float(image.pixdim[2]) * float(image.meta["factor"][2])
-    return max(0.0, 1 - thickness / spacing) if thickness and abs(spacing - before) < 0.01 * before else 0.0
 
 
 def _thin(image: MetaTensor) -> list[bool]:

@@ -17,6 +17,7 @@ from bundle.conditions import positions
 from bundle.errors import InputError
 from bundle.inferers import AutocastInferer, ForegroundInferer, OrthogonalSlices, foreground_box
 from bundle.networks import RCAN, MultiScaleResidualNet, use_fft_convolutions
+from bundle.resampling import downsample, enlarge
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "inference.json")
 WHOLE = {"roi_size": (-1, -1), "spatial_dim": 2}
@@ -221,8 +222,24 @@ def test_a_volume_is_super_resolved_as_without_skipping(tmp_path, monkeypatch):
     assert not found["true"][..., [0, 4]].any()
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_scan_s_own_noise_is_kept_on_request(skip):
+    """Whatever the network does, k-space truncation of the result gives the measured samples; in between, a mixture."""
+    scan = torch.rand(1, 1, 31, 35, 3)
+    size = [62, 70]
+    image = enlarge(scan[0, 0].movedim(-1, 0), (2, 2), size, "spline").movedim(0, -1)[None, None]
+    inputs = MetaTensor(image, meta={"factor": [2.0, 2.0]})
+    inferers = [ForegroundInferer(**WHOLE, skip_background=skip, positions=True, denoise=d) for d in (1, 0.5, 0)]
+    results = [inferer(inputs, lambda x: 0.5 * x[:, :1]) for inferer in inferers]
+    every, half, none = (torch.as_tensor(r)[0, 0].movedim(-1, 0) for r in results)
+    torch.testing.assert_close(downsample(none, (2, 2), "kspace"), scan[0, 0].movedim(-1, 0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(half, (every + none) / 2, atol=1e-4, rtol=0)
+    with pytest.raises(InputError, match="with thick slices it must be 1"):
+        OrthogonalSlices(denoise=0.5)
+
+
 @pytest.mark.parametrize("part", range(6))
-def test_the_network_is_told_the_phases_of_the_pixels_that_it_gets(part):
+def test_the_network_is_told_the_positions_of_the_pixels_that_it_gets(part):
     """A network that returns what it was told of each pixel; where it is not asked, the result is the input."""
     inputs = MetaTensor(volume(), meta={"factor": [2.5, 3]})
     told = positions((2.5, 3), slice(0, 57), slice(0, 70))[part]

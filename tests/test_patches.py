@@ -10,11 +10,11 @@ from monai.data import MetaTensor
 
 from bundle.acquisition import Acquisition, Sampling
 from bundle.acquisition_report import measure_acquisitions
-from bundle.conditions import FACTS, conditions, measured_samples, positions, spectral_facts, zero_filled_excess
+from bundle.conditions import FACTS, conditions, measured_samples, positions, spectral_facts, with_measured_kspace, zero_filled_excess
 from bundle.errors import InputError
 from bundle.networks import PixelShuffleResidualNet
 from bundle.patches import AcquiredPatches, RandomAcquisition, RandomContrast
-from bundle.resampling import enlarge, refined_size
+from bundle.resampling import downsample, enlarge, refined_size
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -155,6 +155,20 @@ def test_measured_samples_are_found_again_and_zero_filled(mode, factors):
     filled = enlarged + zero_filled_excess(enlarged, factors, mode=mode)
     torch.testing.assert_close(filled, enlarge(image, factors, size, "kspace"), atol=1e-4, rtol=0)
     assert not zero_filled_excess(enlarged, factors, (True, True), mode).any()
+
+
+@pytest.mark.parametrize("factors", [(2, 2), (1.5, 3)])
+def test_measured_kspace_is_put_back(factors):
+    measured, result = torch.rand(2, 31, 39), None
+    size = [refined_size(side, factor) for side, factor in zip(measured.shape[1:], factors)]
+    interpolated, result = enlarge(measured, factors, size, "spline"), torch.rand(2, *size)
+    whole = with_measured_kspace(result, interpolated, factors)
+    beyond = [f - enlarge(downsample(f, factors, "kspace"), factors, size, "kspace") for f in (whole, result)]
+    if factors == (2, 2):  # elsewhere the last pixel is not covered as a whole
+        torch.testing.assert_close(downsample(whole, factors, "kspace"), measured, atol=1e-4, rtol=0)
+        torch.testing.assert_close(*beyond, atol=1e-4, rtol=0)
+    half = with_measured_kspace(result, interpolated, factors, 0.5)
+    torch.testing.assert_close(half, (whole + result) / 2, atol=1e-4, rtol=0)
 
 
 class TestReport:

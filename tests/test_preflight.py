@@ -1,7 +1,9 @@
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 import toy
+from monai.data import MetaTensor
 from monai.transforms import Orientation
 
 from bundle import preflight
@@ -35,6 +37,16 @@ def test_isotropic_volume_is_passed_over(tmp_path):
     with pytest.raises(PassedOver, match="isotropic already"):
         IsotropicFactorsd("image")(data)
     assert IsotropicFactorsd("image", spacing=0.5)(data)["image"].meta["factor"] == pytest.approx([1.88, 1.88, 2])
+
+
+@pytest.mark.parametrize(
+    ("meta", "given", "width"),
+    [({}, None, 0), ({"slice_thickness": 4}, None, 0.8), ({}, 4.5, 0.9), ({"slice_thickness": 4, "slice_spacing": 5}, 4.5, 0.9),
+     ({"slice_thickness": 4, "slice_spacing": 2}, None, 0)],
+)  # fmt: skip
+def test_the_width_of_slices_is_that_of_the_header_unless_it_is_given(meta, given, width):
+    image = MetaTensor(torch.zeros(1, 4, 4, 4), affine=torch.diag(torch.tensor([1.0, 1, 5, 1])), meta=meta)
+    assert IsotropicFactorsd("image", slice_thickness=given)({"image": image})["image"].meta["slice_width"] == pytest.approx(width)
 
 
 def test_thick_slices_are_advised(tmp_path):

@@ -31,13 +31,16 @@ IN_PLANE: dict[str, tuple[str, float, float]] = {
     "Gaussian point spread": ("gaussian", 1, 0),
     "means of pixels": ("box", 1, 0),
     "k-space truncation": ("kspace", 1, 0),
+    "k-space, 1 % noise": ("kspace", 1, 0.01),
     "k-space, 2 % noise": ("kspace", 1, 0.02),
+    "k-space, 4 % noise": ("kspace", 1, 0.04),
     "bicubic, 3 % noise": ("bicubic", 1, 0.03),
 }
 ACROSS: dict[str, tuple[str, float, float]] = {
     "Gaussian": ("gaussian", 1, 0),
     "box": ("box", 1, 0),
     "Gaussian, 80 % of the distance": ("gaussian", 0.8, 0),
+    "box, 20 % gap": ("box", 0.8, 0),
     "Gaussian, 2 % noise": ("gaussian", 1, 0.02),
 }
 
@@ -152,4 +155,10 @@ def _markdown(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
         own, gain = ([v[key] for v in volumes.values()] for key in ("psnr", "gain"))
         better = [v["psnr"] - v["gain"] for v in volumes.values()]
         lines.append(f"| {row} | {len(gain)} | {np.mean(better):.2f} | {np.mean(own):.2f} | {np.mean(gain):+.2f} ({min(gain):+.2f}) |")
+    names = sorted({name for volumes in table.values() for name in volumes})
+    header = [f"{path.parent.name}/{path.name.removesuffix('.nii.gz')}" for path in map(Path, names)]
+    lines += ["", "Gain of each volume, in dB:", "", f"| low resolution | {' | '.join(header)} |", "|---" * (len(names) + 1) + "|"]
+    for row, volumes in table.items():
+        gains = [f"{volumes[name]['gain']:+.2f}" if name in volumes else "" for name in names]
+        lines.append(f"| {row} | {' | '.join(gains)} |")
     return "\n".join(lines) + "\n"

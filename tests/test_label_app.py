@@ -51,9 +51,11 @@ def copy_bundle(folder: Path) -> Path:
     for name in ("train", "inference"):
         path = folder / "configs" / f"{name}.json"
         config = json.loads(path.read_text())
-        config["network_def"].update(toy.TINY)
         if name == "train":
+            config["network_def"].update(toy.TINY)
             config.update(patch_size=15, patches_per_volume=16, batch_size=8, warmup_iterations=3)
+        else:
+            config.update(toy.TINY_INFERENCE)
         path.write_text(json.dumps(config))
     toy.save_checkpoint(folder / "models" / "model.pt")
     return folder

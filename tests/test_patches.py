@@ -224,5 +224,5 @@ def test_general_network_is_trained_and_measured(tmp_path):
         **common,
     )
     rows = json.loads((tmp_path / "table" / "acquisitions.json").read_text())["rows"]
-    assert len(rows) == 10
+    assert len(rows) == 13
     assert all(np.isfinite(v["psnr"]) for volumes in rows.values() for v in volumes.values())

@@ -53,8 +53,8 @@ logger = logging.getLogger(__name__)
 class SuperResolutionApp(MONAILabelApp):
     """What the server loads.
 
-    ``--conf network NAME`` chooses another network than the default one: a name of ``configs/networks``, such as ``fast``;
-    ``any_factor``; or ``isotropic``, for thick slices.
+    ``--conf network NAME`` chooses another network than the default one: ``isotropic``, for thick slices; ``any_factor``; or a compared
+    network of ``configs/networks``.
     """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
@@ -107,6 +107,12 @@ class SuperResolution(InferTask):
         parser = ConfigParser()
         parser.read_config([str(CONFIGS / "inference.json"), *map(str, overlays)])
         self.overlays, self.fine_tuned = [str(path) for path in overlays], fine_tuned
+        if parser.get_parsed_content("facts"):
+            name = "thick_slices" if "isotropic" in (path.stem for path in overlays) else "general"
+            self.training_overlays = [str(CONFIGS / f"{n}.json") for n in (name, "random_acquisitions")]
+            self.degradation = "kspace"
+        else:
+            self.training_overlays, self.degradation = self.overlays, parser.get_parsed_content("degradation")
         self.published = Path(parser.get_parsed_content("checkpoint"))
         self.needs_weights = bool(parser.get_parsed_content("load_weights"))
         self.default_scale = parser.get_parsed_content("scale")  # None where the factors follow from the spacing
@@ -261,7 +267,8 @@ class AllResults(BatchInferTask):
 
 
 class FineTuning(TrainTask):
-    """Runs ``configs/train.json`` on the scans, each its own target, from the weights in use.
+    """Runs ``configs/train.json`` on the scans, each its own target, from the weights in use: the general network on random acquisitions,
+    a compared network as it was trained.
 
     Args:
         task: provides the weights in use.
@@ -291,8 +298,7 @@ class FineTuning(TrainTask):
         folder = self.fine_tuned.with_name("fine_tuning")
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
         run(
-            # thick slices become isotropic by a network that is trained on slices made thick
-            config_file=[str(CONFIGS / "train.json"), *(o.replace("isotropic.json", "thick_slices.json") for o in self.task.overlays)],
+            config_file=[str(CONFIGS / "train.json"), *self.task.training_overlays],
             meta_file=str(CONFIGS / "metadata.json"),
             logging_file=str(CONFIGS / "logging.conf"),
             output_dir=str(folder),
@@ -302,6 +308,7 @@ class FineTuning(TrainTask):
             learning_rate=options["learning_rate"],
             initial_checkpoint=self.task.get_path(),
             val_interval=1,
+            degradation=self.task.degradation,
             device=device_of(request),
             validate_at_start=True,  # what is no better than the start is not kept
         )

@@ -55,7 +55,7 @@ def save_panels(
     bands = math.ceil(len(panels) / columns)
     side = 3.4 * min(2.0, max(0.5, aspect * height / width))
     figure = Figure(figsize=(3.4 * columns, bands * (rows * side + 0.3)), layout="constrained")
-    axes = figure.subplots(bands * rows, columns, squeeze=False)
+    axes = figure.subplots(bands * rows, columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})  # ticks are slow to lay out
     for number, panel in enumerate(panels):
         cells = axes[rows * (number // columns) :, number % columns]
         image = _drawn(panel.image, flips)

@@ -1,7 +1,7 @@
-"""Super-resolve a real head MRI whose original is known, and say how close the result comes.
+"""Super-resolve a real head MRI and compare the result with the known original.
 
-A slab of the MNI152 T1 template (it travels with the nilearn package) is brought to half its in-plane resolution, written as a NIfTI volume
-and given to configs/inference.json, like any scan. The result is compared with the template itself.
+A slab of the MNI152 T1 template (part of the nilearn package) is reduced to half its in-plane resolution, saved as NIfTI and processed with
+configs/inference.json, like any scan. The result is compared with the template.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Super-resolution of brain MRI: the Python that the configs of the bundle point at."""
+"""Super-resolution of brain MRI: the Python code that the configs of the bundle use."""
 
 import json
 import sys
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def root() -> str:
-    """Folder of the bundle, which holds ``configs`` and ``models``: the repository, or what ``pip install .`` copied.
+    """Folder with ``configs`` and ``models``: the repository, or the copy that ``pip install .`` made.
 
     Raises:
-        FileNotFoundError: when there is neither.
+        FileNotFoundError: if there is neither.
     """
     folders = [Path(__file__).parents[1], Path(sys.prefix) / "share" / "brain_mri_super_resolution"]
     for folder in folders:

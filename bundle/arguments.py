@@ -1,4 +1,4 @@
-"""Values from the command line: Python Fire reads ``--dataset_dir 2024_01_15`` as a number, and a device comes as text."""
+"""Paths and devices from the command line, where Python Fire turns ``--dataset_dir 2024_01_15`` into a number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["as_typed", "check_output_dir", "device", "paths"]
 
 
 def as_typed(name: str) -> list[str]:
-    """The words after ``--name`` on the command line, as they were typed; none where the option was not given there."""
+    """The words typed after ``--name`` on the command line; empty if the option is missing."""
     words = sys.argv[1:]
     for i, word in enumerate(words):
         if word == f"--{name}":
@@ -28,17 +28,17 @@ def as_typed(name: str) -> list[str]:
 
 
 def paths(value: Any, name: str = "dataset_dir") -> list[str]:
-    """Paths that a value stands for: one, or a list of them.
+    """The list of paths in an option's value.
 
-    Fire turns a name like ``1.10``, ``12,13`` or ``None`` into a number, a tuple or nothing at all. The name that was typed is used where
-    something of that name exists.
+    Fire turns a name like ``1.10``, ``12,13`` or ``None`` into a number, a tuple or ``None``. The typed name is used if a file or folder
+    has that name.
 
     Args:
         value: a path, a sequence of paths, or what Fire made of them.
-        name: option that the value was given with.
+        name: name of the option.
 
     Raises:
-        InputError: for a value that stands for no path. The message says what to type.
+        InputError: if the value is not a path. The message says what to type.
     """
     typed = as_typed(name)
     if len(typed) > 1:  # the shell replaced a pattern by file names
@@ -57,7 +57,7 @@ def paths(value: Any, name: str = "dataset_dir") -> list[str]:
 
 
 def check_output_dir(value: Any) -> None:
-    """Refuse a folder for results whose name Fire read as something else than a text.
+    """Refuse an output folder whose name Fire did not read as text.
 
     Raises:
         InputError: the message says what to type.
@@ -73,25 +73,25 @@ def device(name: str | torch.device) -> torch.device:
     """A device by its name: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
 
     Raises:
-        InputError: when there is no such device here.
+        InputError: if this machine has no such device.
     """
     try:
-        wanted = torch.device(name)
+        chosen = torch.device(name)
     except (RuntimeError, TypeError) as e:
         raise InputError(f"device {name!r}: unknown; use cpu, cuda, cuda:1 or mps") from e
-    if wanted.type == "cuda":
+    if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (wanted.index or 0) >= count:
-            there = "there is no CUDA GPU" if not count else f"there are {count} CUDA GPUs, cuda:0 to cuda:{count - 1}"
-            raise InputError(f"device {name}: not available ({there}); use --device cpu" + (" or another GPU" if count else ""))
-    elif wanted.type == "mps" and not torch.backends.mps.is_available():
+        if (chosen.index or 0) >= count:
+            found = "there is no CUDA GPU" if not count else f"there are {count} CUDA GPUs, cuda:0 to cuda:{count - 1}"
+            raise InputError(f"device {name}: not available ({found}); use --device cpu" + (" or another GPU" if count else ""))
+    elif chosen.type == "mps" and not torch.backends.mps.is_available():
         raise InputError(f"device {name}: not available (there is no Apple GPU); use --device cpu")
-    elif wanted.type not in ("cpu", "mps"):
+    elif chosen.type not in ("cpu", "mps"):
         try:
-            torch.empty(1, device=wanted)
+            torch.empty(1, device=chosen)
         except Exception as e:
             raise InputError(f"device {name}: not available here; use --device cpu") from e
-    return wanted
+    return chosen
 
 
 def _misread(name: str, word: str) -> InputError:

@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointLoader(monai.handlers.CheckpointLoader):
-    """MONAI's loader of weights, which loads tensors and nothing else; what cannot be loaded is refused by name, in one line."""
+    """MONAI's loader of weights with one-line errors. It loads nothing but tensors."""
 
     def __call__(self, engine: Engine) -> None:
         """Load the weights.
 
         Raises:
-            InputError: when the file does not exist, is damaged, holds more than tensors, or belongs to another network.
+            InputError: if the file does not exist, is damaged, contains more than tensors, or belongs to another network.
         """
         try:
             super().__call__(engine)
@@ -43,10 +43,10 @@ class CheckpointLoader(monai.handlers.CheckpointLoader):
 
 
 def load_weights(network: torch.nn.Module, path: str | Path) -> None:
-    """Load the weights that a training starts from into its network.
+    """Load the initial weights of a training.
 
     Raises:
-        InputError: when the file cannot be read, holds more than tensors, or belongs to another network.
+        InputError: if the file cannot be read, contains more than tensors, or belongs to another network.
     """
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -55,20 +55,19 @@ def load_weights(network: torch.nn.Module, path: str | Path) -> None:
 
 
 class Checkpoints:
-    """Save the state of training after every epoch, and the best network, so that a killed run can go on to the same result.
+    """Save the training state after every epoch, and the best network. A run that was interrupted continues to the same result.
 
-    ``last.pt`` holds everything that training depends on; ``model.pt`` is the plain state dictionary of the network with the best key
-    metric on the validation subjects (of the last one, where none was validated). Both appear under their name only
-    when complete. A loss or a weight that is not finite ends the training before it is saved. Attach after the handlers that change
-    what is saved.
+    ``last.pt`` contains everything that the training depends on. ``model.pt`` is the state dictionary of the network with the best key
+    metric on the validation subjects, or of the last network if none was validated. Files are written atomically. If the loss or a
+    weight is not finite, training stops before it is saved. Attach this handler after those that change the saved objects.
 
     Args:
         save_dir: folder for both files.
-        network, optimizer, lr_scheduler: what is trained.
-        evaluator: validation engine, whose best metric decides about ``model.pt``; ``None`` without validation.
-        resume: whether to go on from ``last.pt`` where there is one.
-        settings: of the training, kept in ``last.pt``: a run with others cannot be resumed.
-        average: moving average of the weights (:class:`torch.optim.swa_utils.AveragedModel`), updated at each step; ``model.pt`` holds it.
+        network, optimizer, lr_scheduler: objects of the training.
+        evaluator: validation engine, whose best metric selects ``model.pt``; ``None`` without validation.
+        resume: whether to continue from ``last.pt`` if it exists.
+        settings: of the training, stored in ``last.pt``; a run with different settings cannot be resumed.
+        average: moving average of the weights (:class:`torch.optim.swa_utils.AveragedModel`), updated at each step, saved as ``model.pt``.
     """
 
     def __init__(
@@ -98,18 +97,16 @@ class Checkpoints:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
 
     def start(self, trainer: SupervisedTrainer) -> None:
-        """Go on from ``last.pt`` if asked to.
+        """Continue from ``last.pt`` if ``resume`` is set.
 
         Raises:
-            InputError: when ``last.pt`` is damaged, belongs to another network or was made with other settings, or a new run would
+            InputError: if ``last.pt`` is damaged, belongs to another network or was made with other settings, or if a new run would
                 overwrite it.
         """
         if trainer.state.iteration or not self.last.exists():  # a later run of one trainer is a round of federated learning
             return
         if not self.resume:
-            raise InputError(
-                f"{self.last} is the checkpoint of an earlier run: go on from it with '--resume true', or choose another folder"
-            )
+            raise InputError(f"{self.last} is the checkpoint of an earlier run: continue it with '--resume true', or choose another folder")
         try:
             state = torch.load(self.last, map_location="cpu", weights_only=True)
             self._compare(state.get("settings", {}))
@@ -125,7 +122,7 @@ class Checkpoints:
             trainer.scaler.load_state_dict(state["scaler"])
         if self.evaluator is not None:
             self.evaluator.state.best_metric, self.evaluator.state.best_metric_epoch = state["best"]
-        logger.info("going on from %s after epoch %d", self.last, state["epoch"])
+        logger.info("continuing from %s after epoch %d", self.last, state["epoch"])
 
     def _compare(self, settings: Mapping[str, Any]) -> None:
         changed = [f"{k} {settings[k]!r}, now {v!r}" for k, v in self.settings.items() if k in settings and settings[k] != v]
@@ -133,10 +130,10 @@ class Checkpoints:
             raise InputError(f"{self.last} was made with {'; '.join(changed)}: resume it with its own settings, or choose another folder")
 
     def check(self, trainer: SupervisedTrainer) -> None:
-        """Stop at a loss that is not finite; let the average follow the weights.
+        """Stop if the loss is not finite; update the average of the weights.
 
         Raises:
-            InputError: naming the loss, the step, and the checkpoint that is still good.
+            InputError: naming the loss, the step, and the last good checkpoint.
         """
         loss = float(from_engine(["loss"], first=True)(trainer.state.output))
         if not math.isfinite(loss):
@@ -152,10 +149,10 @@ class Checkpoints:
         )
 
     def save(self, trainer: SupervisedTrainer) -> None:
-        """Write ``last.pt``, and ``model.pt`` where this epoch is the best one.
+        """Write ``last.pt``, and ``model.pt`` if this epoch is the best one.
 
         Raises:
-            InputError: when a weight is not finite; both files stay as they were.
+            InputError: if a weight is not finite; both files then stay unchanged.
         """
         if not all(bool(torch.isfinite(p).all()) for p in self.network.parameters()):
             raise self._diverged("a weight is not finite", trainer)

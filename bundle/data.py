@@ -1,4 +1,4 @@
-"""Data sets: volumes to be worked through, and training patches."""
+"""Data sets: volumes for inference, and training patches."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ __all__ = ["EpochSampler", "InferenceDataset", "PatchDataset", "RandomFactor", "
 
 
 class InferenceDataset(Dataset):
-    """Volumes of a run of inference. If loading fails, the item is returned with its error, so that the others are still done. Volumes
-    with up-to-date results are skipped.
+    """Volumes of an inference run.
+
+    If loading fails, the item is returned with its error, so that the run continues. Volumes with up-to-date results are not loaded.
 
     Args:
         data: items ``{"image": file name}``.
         transform: preprocessing.
-        results: of the run; ``None`` skips nothing.
+        results: results of the run; ``None`` loads every volume.
     """
 
     def __init__(self, data: Sequence[dict[str, str]], transform: Callable, results: Results | None = None) -> None:
@@ -54,24 +55,24 @@ class InferenceDataset(Dataset):
 
 
 class PatchDataset(Dataset):
-    """Random patches of axial slices, each a pure function of (seed, index): any run, resumed or split among processes, sees
-    the same ones.
+    """Random patches of axial slices, each a pure function of (seed, index). A resumed run, or one with several processes, sees the same
+    patches.
 
     Args:
         volumes: items with ``"image"`` and ``"label"``, each (1, X, Y, Z).
         size: side of the square patches, in pixels; the paper's 31 by default.
-        patches_per_volume: patches that each volume gives per epoch.
-        min_foreground: fraction of the target's pixels that must exceed ``threshold``; ten places are tried for it.
+        patches_per_volume: patches per volume and epoch.
+        min_foreground: fraction of the target's pixels that should exceed ``threshold``; up to ten places are tried.
         threshold: intensity above which a pixel is foreground.
         augment: whether to flip and rotate by multiples of 90 degrees.
-        seed: of the patches.
-        degradation: makes the input from the target, patch by patch (:class:`RandomFactor`, :class:`RandomSlices`); ``None`` takes
-            that of the volumes.
-        any_plane: whether to take patches of axial, coronal and sagittal planes, the rows along any axis, and not of axial ones only.
-        positions: whether ``"image"`` also holds the positions (:func:`bundle.conditions.positions`) of a ``degradation``: (7, size, size).
+        seed: seed of the patches.
+        degradation: makes each input patch from its target (:class:`RandomFactor`, :class:`RandomSlices`); ``None`` uses the
+            ``"image"`` of the volumes.
+        any_plane: whether to use axial, coronal and sagittal planes, with the rows along any axis, instead of axial planes only.
+        positions: whether ``"image"`` also has the positions (:func:`bundle.conditions.positions`) of a ``degradation``: (7, size, size).
 
     Raises:
-        InputError: when a volume is smaller than a patch.
+        InputError: if a volume is smaller than a patch.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class PatchDataset(Dataset):
         return len(self.pairs) * self.patches_per_volume
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """``{"image": (1, size, size), "label": (1, size, size)}``; any index from 0 upwards: epoch e begins at e x len."""
+        """``{"image": (1, size, size), "label": (1, size, size)}``; any index from 0 upwards; epoch e starts at e x len."""
         random = np.random.default_rng((self.seed, index))
         pair = self.pairs[index % len(self.pairs)]
         if self.any_plane:
@@ -124,7 +125,7 @@ class PatchDataset(Dataset):
     def _degraded(
         self, target: torch.Tensor, x: int, y: int, turns: int, mirror: bool, random: np.random.Generator
     ) -> dict[str, torch.Tensor]:
-        """Degraded with what lies around it, so that the patch has no borders that the slice does not have."""
+        """Degrade a patch together with its surroundings, so that it has no borders that the slice does not have."""
         margin = self.degradation.margin  # type: ignore[union-attr]
         left, low = max(0, x - margin), max(0, y - margin)
         window = target[:, left : x + self.size + margin, low : y + self.size + margin]
@@ -142,15 +143,15 @@ class PatchDataset(Dataset):
 
 
 class RandomFactor:
-    """Degradation of a patch by factors drawn at random: one for both axes in half of the cases, else one for each.
+    """Degradation of a patch by random factors: in half of the cases the same for both axes, otherwise one for each.
 
     Args:
-        factors: the smallest and the largest.
-        common: factors that every second patch has one of, for both axes: those that most users will ask for.
+        factors: smallest and largest factor.
+        common: the factors that users need most; every second patch has one of them, for both axes.
         mode, interpolation: see :func:`bundle.resampling.degrade`.
 
     Raises:
-        InputError: when ``factors`` are not two ascending numbers of at least 1.
+        InputError: if ``factors`` are not two ascending numbers of at least 1.
     """
 
     def __init__(
@@ -169,16 +170,17 @@ class RandomFactor:
 
 
 class RandomSlices:
-    """Degradation of a patch to thick slices: the slice profile, the gap and the distance of the slices, which lie along its rows, are
-    drawn at random. Half of the patches have no gap; a quarter is coarser in the plane of the slices too.
+    """Degradation of a patch to thick slices along its rows, with random slice profile, gap and distance.
+
+    Half of the patches have no gap; a quarter is also coarser in the plane of the slices.
 
     Args:
-        across: the smallest and the largest distance of slices, in pixels.
-        in_plane: the smallest and the largest factor in the plane of the slices.
+        across: smallest and largest distance of the slices, in pixels.
+        in_plane: smallest and largest factor in the plane of the slices.
         largest_gap: as a fraction of the distance.
 
     Raises:
-        InputError: when ``across`` or ``in_plane`` are not two ascending numbers of at least 1.
+        InputError: if ``across`` or ``in_plane`` are not two ascending numbers of at least 1.
     """
 
     def __init__(self, across: Sequence[float], in_plane: Sequence[float] = (1, 2), largest_gap: float = 0.3) -> None:
@@ -209,7 +211,7 @@ def _ascending(factors: Sequence[float]) -> tuple[float, float]:
 
 
 class EpochSampler(DistributedSampler):
-    """Indices that go on from epoch to epoch, shared among the processes of a distributed run; MONAI's engines set the epoch.
+    """Indices that continue from epoch to epoch, divided among the processes of a distributed run. MONAI's engines set the epoch.
 
     Args:
         dataset: a :class:`PatchDataset`.

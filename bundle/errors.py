@@ -1,4 +1,4 @@
-"""Errors that are the input's fault, told in one line."""
+"""Errors caused by the input, reported in one line."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ __all__ = ["InputError", "PassedOver", "check_overlays", "full_disk", "passed_ov
 
 
 class InputError(ValueError):
-    """Something given by the user cannot be used; the message names it and says why."""
+    """An input or option cannot be used; the message names it and says why."""
 
 
 class PassedOver(InputError):
-    """Nothing is to be done for a volume; the message names it and says why. This is no failure."""
+    """A volume needs no processing; the message names it and says why. This is not a failure."""
 
 
 def reason(error: BaseException) -> str:
-    """One line for an error: that of the :class:`InputError` behind it, where there is one."""
+    """One line for an error: the message of the :class:`InputError` that caused it, if there is one."""
     cause = _input_error(error)
     if cause is not None:
         return str(cause)
-    while error.__cause__ is not None:  # what MONAI wrapped as "applying transform ..."
+    while error.__cause__ is not None:  # MONAI wraps it as "applying transform ..."
         error = error.__cause__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def full_disk(error: BaseException) -> OSError | None:
-    """The error in a chain that says that nothing more can be written: no space, no quota, read-only."""
+    """The error in a chain that says that the disk cannot be written to: no space, no quota, read-only."""
     return next((e for e in _chain(error) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)), None)
 
 
 def passed_over(error: BaseException) -> bool:
-    """Whether an error says that nothing is to be done for a volume."""
+    """Whether an error says that a volume needs no processing."""
     return isinstance(_input_error(error), PassedOver)
 
 
 def switch(name: str, value: bool | str) -> bool:
-    """An option that is on or off; the command line gives ``--overwrite false`` as text.
+    """Boolean value of an option, which the command line passes as text (``--overwrite false``).
 
     Raises:
-        InputError: for anything but true and false.
+        InputError: for any value except true and false.
     """
     known = {"true": True, "false": False}
     if str(value).lower() not in known:
@@ -52,21 +52,21 @@ def switch(name: str, value: bool | str) -> bool:
 
 
 def check_overlays(**chosen: Mapping[str, bool]) -> None:
-    """Refuse two overlays that choose the same thing: which one counted would depend on their order.
+    """Refuse two overlays that choose the same thing, because their order would decide which one applies.
 
     Args:
-        chosen: what is chosen, in the plural, and the names of the overlays that choose it, such as ``networks={"fast": True}``.
+        chosen: what is chosen, in the plural, with the names of the overlays that choose it, such as ``networks={"fast": True}``.
 
     Raises:
-        InputError: naming the overlays.
+        InputError: if there are two; the message names them.
     """
     for what, names in chosen.items():
         if len(names) > 1:
-            raise InputError(f"{' and '.join(sorted(names))} are overlays for different {what}: give one of them")
+            raise InputError(f"{' and '.join(sorted(names))} are overlays for different {what}: use only one of them")
 
 
 def report_in_one_line() -> None:
-    """End the program with one line, instead of a traceback through the engines, where an :class:`InputError` is the cause."""
+    """End the program with one line instead of a traceback if an :class:`InputError` is the cause."""
     sys.excepthook = _excepthook
 
 
@@ -78,7 +78,7 @@ def _excepthook(kind: type[BaseException], error: BaseException, traceback: Trac
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those behind it: MONAI wraps what a transform or a component raises."""
+    """An error and its causes: MONAI wraps the errors of transforms and components."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""Scores of a network: reports of an evaluation, and the volumes that a process works on."""
+"""Evaluation: reports of the scores, and the division of the volumes among processes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 class VolumeSampler(Sampler[int]):
-    """The share of the volumes that one process of a distributed run works on: no volume counts twice.
+    """The volumes of one process of a distributed run. No volume is evaluated twice.
 
-    Where there are fewer volumes than processes, every process works on all of them: metrics need all processes, and an average over
-    equal copies stays the same.
+    If there are fewer volumes than processes, every process evaluates all of them: the metrics need every process, and the average over
+    equal copies is the same.
 
     Args:
-        dataset: volumes.
+        dataset: the volumes.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -47,21 +47,21 @@ class VolumeSampler(Sampler[int]):
 
 
 def repeated(data: Sequence[dict], thicknesses: Sequence[float] | None = None) -> list[dict]:
-    """Items as they are, or each of them once for every thickness of slices in mm, as its ``"thickness"``."""
+    """The items, or each item once for every slice thickness in mm, with the key ``"thickness"``."""
     return list(data) if thicknesses is None else [{**item, "thickness": t} for t in thicknesses for item in data]
 
 
 class EvaluationReport:
-    """PSNR and SSIM of the network beside those of its input, the interpolated low-resolution image, per slice, per volume and overall.
+    """PSNR and SSIM of the network's result and of its input, the interpolated low-resolution image: per slice, per volume and overall.
 
     Writes into ``output_dir``: ``metrics.csv`` (a line per slice), ``summary.json`` (per volume, and mean and standard deviation over
     volumes) and ``comparison.png`` (the middle slice of the first volume: truth, input, result and the errors of both). In a
-    distributed run the first process gathers what all have measured. Slices without foreground do not count: their values are NaN in
-    ``metrics.csv``.
+    distributed run the first process gathers all values. Slices without foreground are left out; their values in ``metrics.csv``
+    are NaN.
 
     Args:
         output_dir: folder of the report.
-        first_slice: number of the first slice evaluated, counted from 1.
+        first_slice: number of the first evaluated slice, counted from 1.
         interpolation: name of the degradation, for the picture and the columns.
     """
 
@@ -121,16 +121,15 @@ class EvaluationReport:
 
 
 class ThickSlicesReport:
-    """PSNR and SSIM, in 3D, of volumes of thick slices brought back to thin ones: by the network, and by linear and cubic B-spline
-    interpolation across the slices.
+    """PSNR and SSIM in 3D of thick slices restored to thin ones: by the network, and by linear and cubic B-spline interpolation.
 
-    Writes into ``output_dir``: ``thick_slices.json`` (per thickness and volume, and over volumes), ``thick_slices.md`` (the table) and, of
+    Writes into ``output_dir``: ``thick_slices.json`` (per thickness and volume, and over volumes), ``thick_slices.md`` (the table) and, for
     the first volume, ``<thickness>mm_<plane>.png`` in three planes. A single process writes after each volume, so that an interrupted run
-    leaves what it measured; of several, the first one writes at the end.
+    leaves its results; with several processes, the first one writes at the end.
 
     Args:
         output_dir: folder of the report.
-        profile, gap: with which the slices were made thick, see :class:`bundle.transforms.ThickSlicesd`.
+        profile, gap: of the thick slices, see :class:`bundle.transforms.ThickSlicesd`.
     """
 
     METHODS = ("linear", "cubic B-spline", "network")
@@ -145,7 +144,7 @@ class ThickSlicesReport:
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def measure(self, engine: Engine) -> None:
-        """Measure the volumes of one iteration, and write what is known."""
+        """Measure the volumes of one iteration, and write the report so far."""
         for item in engine.state.output:  # type: ignore[union-attr]  # a list after decollation
             truth, network = (item[key].as_tensor().detach().cpu() for key in ("label", "pred"))
             thickness = float(item["image"].meta["thickness"])
@@ -165,7 +164,7 @@ class ThickSlicesReport:
             self._write()
 
     def finish(self, engine: Engine) -> None:
-        """Write what all processes have measured."""
+        """Write the results of all processes."""
         self.rows = _gathered(self.rows, "thickness", "volume")
         if idist.get_rank() == 0:
             self._write()
@@ -214,7 +213,7 @@ class ThickSlicesReport:
 
 
 def _gathered(rows: list[dict], *keys: str) -> list[dict]:
-    """Rows of all processes, one for each combination of the values of ``keys``, in their order."""
+    """Rows of all processes, one for each combination of values of ``keys``, sorted by them."""
     if idist.get_world_size() == 1:
         return rows
     parts: list = [None] * idist.get_world_size()
@@ -229,20 +228,20 @@ def _mean_and_spread(values: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def _finite_mean(values: Sequence[float]) -> float | None:
-    """Mean of the values that are not NaN; ``None`` when there is none or it is infinite, which JSON cannot hold."""
+    """Mean of the values that are not NaN; ``None`` if there are none or the mean is infinite, which JSON cannot express."""
     known = [value for value in values if not math.isnan(value)]
     mean = sum(known) / len(known) if known else math.nan
     return mean if math.isfinite(mean) else None
 
 
 def summarise(rows: list[dict]) -> dict:
-    """Mean per volume over its slices; mean and standard deviation over volumes, which are the independent samples.
+    """Mean of each volume over its slices; mean and standard deviation over the volumes, which are the independent samples.
 
     Args:
-        rows: a dictionary per slice: ``"volume"``, ``"slice"`` and metrics; NaN (a slice without foreground) is left out.
+        rows: one dictionary per slice: ``"volume"``, ``"slice"`` and metrics. NaN (a slice without foreground) is left out.
 
     Returns:
-        ``{"volumes": {name: {metric: mean}}, "overall": {metric: {"mean": …, "std": …}}}``; ``None`` stands for a mean that is not finite.
+        ``{"volumes": {name: {metric: mean}}, "overall": {metric: {"mean": …, "std": …}}}``, with ``None`` for a mean that is not finite.
     """
     metrics = [key for key in rows[0] if key not in ("volume", "slice")]
     volumes: dict[str, dict[str, float | None]] = {}

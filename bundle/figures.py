@@ -36,15 +36,15 @@ def save_panels(
     columns: int | None = None,
     axcodes: tuple[str, str] = ("R", "A"),
 ) -> None:
-    """Slices side by side as a PNG, as radiologists have them: the patient's right on the left, anterior or superior up, both labelled.
+    """Save slices side by side as a PNG in the radiological convention, labelled: the patient's right on the left, anterior or superior up.
 
     Args:
-        path: of the PNG; appears only when complete.
+        path: of the PNG, written atomically.
         panels: slices of one shape.
         aspect: height of a pixel over its width, i.e. spacing along Y over spacing along X.
         zoom: side of the square cut out around the brightest region for a second row, as a fraction of the slice; 0 for none.
         columns: panels in a row of the figure; ``None`` puts all into one.
-        axcodes: where width and height of the slices point to, such as ``("R", "A")`` for axial slices of a RAS volume.
+        axcodes: directions of width and height of the slices, such as ``("R", "A")`` for axial slices of a RAS volume.
     """
     left, bottom = (code if code in "RAS" else OPPOSITE[code] for code in axcodes)  # a sagittal plane has anterior on the left
     bottom = OPPOSITE[bottom]
@@ -55,7 +55,7 @@ def save_panels(
     bands = math.ceil(len(panels) / columns)
     side = 3.4 * min(2.0, max(0.5, aspect * height / width))
     figure = Figure(figsize=(3.4 * columns, bands * (rows * side + 0.3)), layout="constrained")
-    axes = figure.subplots(bands * rows, columns, squeeze=False)
+    axes = figure.subplots(bands * rows, columns, squeeze=False, subplot_kw={"xticks": [], "yticks": []})  # ticks are slow to lay out
     for number, panel in enumerate(panels):
         cells = axes[rows * (number // columns) :, number % columns]
         image = _drawn(panel.image, flips)

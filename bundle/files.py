@@ -1,4 +1,4 @@
-"""Files that are never half-written, and fingerprints of files."""
+"""Atomic writes and fingerprints of files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .headers import companions
 __all__ = ["fingerprint", "sha256", "write_atomically", "write_json"]
 
 DAY = 24 * 60 * 60  # seconds
-RESULT_MARK = "super-resolved by brain_mri_super_resolution"  # in the header of every result: never an input again
+RESULT_MARK = "super-resolved by brain_mri_super_resolution"  # in the header of every result, so that it is never an input
 
 
 def fingerprint(volume: str) -> dict[str, int]:
-    """Files, bytes and time of the last change (ns) of a volume: a file and its companions, a DICOM folder or a series in one."""
+    """Number of files, bytes and last change (ns) of a volume: a file with its companions, a DICOM folder, or a series in one."""
     path = Path(volume)
     folder = path if path.is_dir() else path.parent
     whole_folder = path.is_dir() or not path.exists()
@@ -34,7 +34,7 @@ def sha256(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal digits.
 
     Raises:
-        InputError: when it cannot be read.
+        InputError: if the file cannot be read.
     """
     try:
         with Path(path).open("rb") as stream:
@@ -44,10 +44,10 @@ def sha256(path: str | Path) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file for people, as :func:`write_atomically` does.
+    """Write an indented JSON file with :func:`write_atomically`.
 
     Raises:
-        ValueError: for a number that JSON does not have: NaN or infinity.
+        ValueError: for NaN or infinity, which JSON does not have.
     """
     text = json.dumps(content, indent=4, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
@@ -56,8 +56,8 @@ def write_json(path: Path, content: dict) -> None:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary path)`` and rename the result to ``path``: the file is always complete or absent.
 
-    The content reaches the disk before the name does, so that not even a power cut leaves half a file. Temporary files that killed
-    processes left behind are removed once they are a day old: until then, another machine may still be writing them.
+    The content reaches the disk before the name does, so that even a power failure leaves no partial file. Temporary files of killed
+    processes are removed: those of this machine at once, others after a day, because another machine may still be writing them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # the extension stays at the end because it selects the format
@@ -76,7 +76,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _is_abandoned(part: Path) -> bool:
-    """Whether the process that wrote a temporary file is gone: known on its own machine, assumed of others after a day."""
+    """Whether the process that wrote a temporary file has ended: known for this machine, assumed for others after a day."""
     try:
         age = time.time() - part.stat().st_mtime
     except OSError:  # gone already

@@ -1,4 +1,4 @@
-"""The voxel grid of a volume (1, X, Y, Z): which way its axes run, and how much finer it becomes."""
+"""The voxel grid of a volume (1, X, Y, Z): orientation and refinement."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ __all__ = ["InPlaneFactorsd", "IsotropicFactorsd", "ThickAxisLastd", "Upsampled"
 
 
 class InPlaneFactorsd(MapTransform):
-    """Decide how much finer each axial slice becomes, and keep it in ``meta["factor"]``: the factors along x and y.
+    """Store the in-plane refinement factors, along x and y, in ``meta["factor"]``.
 
     Args:
         keys: volumes (1, X, Y, Z).
         factor: one number for both in-plane axes, or two: along x and along y.
-        spacing: in-plane voxel size in mm, for both axes or along x and along y; overrides ``factor``. An axis that is already finer stays
-            as it is.
+        spacing: in-plane voxel size in mm, for both axes or along x and along y; overrides ``factor``. An axis that is already finer does
+            not change.
 
     Raises:
-        InputError: for an impossible ``factor`` or ``spacing``; for a volume that is already finer than ``spacing`` along both axes.
+        InputError: for an impossible ``factor`` or ``spacing``, and for a volume that is already finer than ``spacing`` along both axes.
     """
 
     def __init__(self, keys: KeysCollection, factor: Factor = 2, spacing: Factor | None = None) -> None:
@@ -51,18 +51,19 @@ class InPlaneFactorsd(MapTransform):
 
 
 class IsotropicFactorsd(MapTransform):
-    """Decide how much finer the grid becomes along each axis for cubic voxels, and keep the three factors in ``meta["factor"]``; and the
-    slice thickness over the slice distance, where the header tells it, in ``meta["slice_width"]``.
+    """Store the three factors that give cubic voxels in ``meta["factor"]``, and the slice thickness as a fraction of the slice distance,
+    if it is known, in ``meta["slice_width"]``.
 
     Args:
         keys: volumes (1, X, Y, Z).
-        spacing: voxel size in mm; ``None`` takes the smallest of the volume. An axis that is already finer stays as it is.
+        spacing: voxel size in mm; ``None`` uses the smallest of the volume. An axis that is already finer does not change.
         factor: must be ``None``, because the factors follow from ``spacing``.
         slice_thickness: of the slices across the last axis, in mm; ``None`` takes that of the header, where it is known.
 
     Raises:
-        InputError: for an impossible ``spacing`` or ``slice_thickness``, or a ``factor``; for a volume that is already finer than
+        InputError: for an impossible ``spacing`` or ``slice_thickness``, any ``factor``, and a volume that is already finer than
             ``spacing`` along all axes.
+        PassedOver: for a volume whose voxels are already isotropic.
     """
 
     def __init__(
@@ -91,15 +92,15 @@ class IsotropicFactorsd(MapTransform):
 
 
 class Upsampled(MapTransform):
-    """Interpolate a volume to a finer grid; the affine follows, so nothing moves.
+    """Interpolate a volume to a finer grid and update the affine, so that every point keeps its place.
 
-    It is not invertible on purpose: ``Invertd`` then restores orientation and intensity and leaves the refined grid.
+    The transform is not invertible, so that ``Invertd`` restores orientation and intensity and keeps the refined grid.
 
     Args:
         keys: volumes (1, X, Y, Z), with the factors along x and y, or along all three axes, in ``meta["factor"]``; become
             (1, factor X, factor Y, factor Z).
         mode: in-plane interpolation, see :func:`bundle.resampling.upsample`.
-        input_key: where to keep the volume before interpolation; ``None`` does not keep it.
+        input_key: key for the volume before interpolation; ``None`` does not keep it.
     """
 
     def __init__(self, keys: KeysCollection, mode: str = "bicubic", input_key: str | None = None) -> None:
@@ -116,10 +117,10 @@ class Upsampled(MapTransform):
 
 
 class ThickAxisLastd(MapTransform, InvertibleTransform):
-    """Turn a volume so that the axis with the largest spacing is the last one.
+    """Reorient a volume so that the axis with the largest spacing is the last one.
 
-    Sagittal slices come to (A, S, R), coronal ones to (R, S, A). Axial slices, and volumes whose slices are no thicker than their pixels,
-    come to RAS.
+    Sagittal slices become (A, S, R), coronal slices (R, S, A). Axial slices, and volumes whose slices are no thicker than their pixels,
+    become RAS.
 
     Args:
         keys: volumes (1, X, Y, Z) in any orientation.
@@ -143,7 +144,7 @@ class ThickAxisLastd(MapTransform, InvertibleTransform):
 
 
 def oriented(image: MetaTensor, axcodes: str) -> MetaTensor:
-    """A volume (1, X, Y, Z) with its axes permuted and flipped to ``axcodes``, such as ``"RAS"``; it leaves no trace to invert."""
+    """A volume (1, X, Y, Z) with its axes permuted and flipped to ``axcodes``, such as ``"RAS"``; not recorded for inversion."""
     turn = Orientation(axcodes=axcodes, labels=None)
     with turn.trace_transform(False):
         return turn(image)  # type: ignore[return-value]
@@ -162,17 +163,17 @@ def _is_size(value: Any) -> bool:
 
 
 def _factors_to(image: MetaTensor, target: Sequence[float]) -> tuple[float, ...]:
-    """Factors that bring the voxels to the target size in mm. An axis that is already finer keeps its size; at least one must not be."""
+    """Factors to the target voxel size in mm. An axis that is already finer has factor 1; an error if all axes are."""
     sizes = [float(side) for side, _ in zip(image.pixdim, target)]
-    factors = [round(size / wanted, 6) for size, wanted in zip(sizes, target)]  # of an affine in single precision
+    factors = [round(size / side, 6) for size, side in zip(sizes, target)]  # the affine may be in single precision
     if max(factors) < 1 - 1e-3:
-        wanted, present = (" x ".join(f"{side:.4g}" for side in sides) for sides in (target, sizes))
-        raise InputError(f"{name_of(image)}: spacing {wanted} mm asked for, but voxels are {present} mm already")
+        asked, present = (" x ".join(f"{side:.4g}" for side in sides) for sides in (target, sizes))
+        raise InputError(f"{name_of(image)}: spacing {asked} mm asked for, but voxels are {present} mm already")
     return tuple(max(f, 1.0) for f in factors)
 
 
 def _refined(image: MetaTensor, factors: Sequence[float], mode: str) -> MetaTensor:
-    """Volume on a grid finer along x and y, and z where there is a third factor, in the same place.
+    """Volume on a finer grid along x and y, and along z if there is a third factor.
 
     The centre of refined voxel i lies at the index (i + 0.5) / factor - 0.5 of the input.
     """
@@ -186,7 +187,7 @@ def _refined(image: MetaTensor, factors: Sequence[float], mode: str) -> MetaTens
     to_input[:3, 3] = (step[:3] - 1) / 2
     refined = MetaTensor(voxels, meta=image.meta, applied_operations=image.applied_operations)
     refined.affine = image.affine.to(torch.float64) @ to_input
-    for name in ("spatial_shape", "original_affine"):  # servers would put the result back on the grid they find here
+    for name in ("spatial_shape", "original_affine"):  # servers would resample the result to the grid in these entries
         refined.meta.pop(name, None)
     refined.meta["factor"] = list(factors)
     return refined

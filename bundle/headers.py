@@ -1,4 +1,4 @@
-"""What a file says before its voxels are read: format, shape, affine in mm, companions, BIDS sidecar."""
+"""Facts about a file that need no voxels: format, shape, affine in mm, companions, BIDS sidecar."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ PLAUSIBLE = (5e-3, 50.0)  # sides of an MRI voxel, in mm
 
 
 class Header(NamedTuple):
-    """What the header of a volume says."""
+    """Header of a volume."""
 
-    shape: tuple[int, ...]  # along the axes as stored, more than three for a series
+    shape: tuple[int, ...]  # along the stored axes; more than three for a series
     channels: int  # values of a voxel: 3 for colours
     affine: np.ndarray  # (4, 4) from index to RAS, in the file's units of length
     dtype: np.dtype
@@ -69,7 +69,7 @@ def strip_extension(name: str) -> str:
 
 @contextmanager
 def named_as_nibabel_wants(path: str | Path) -> Iterator[str]:
-    """Path under which nibabel finds a file: one with a lower-case extension, in a temporary folder if need be."""
+    """A path to the file with a lower-case extension, which nibabel requires; a link in a temporary folder if necessary."""
     path = Path(path)
     ending = path.name[len(strip_extension(path.name)) :]
     if ending == ending.lower() or not path.is_file():
@@ -111,13 +111,13 @@ def read_header(path: str | Path) -> Header:
 
 
 def in_mm(affine: np.ndarray, unit: str) -> tuple[np.ndarray, str]:
-    """An affine in mm, and a remark where the unit of length is another one.
+    """An affine in mm, and a remark if the file uses another unit of length.
 
-    A unit that would give impossible voxels, where the plain numbers give possible ones, is taken for a mistake.
+    If the unit gives impossible voxel sizes and mm gives possible ones, the unit is treated as a mistake.
 
     Args:
         affine: (4, 4), in ``unit``.
-        unit: as NIfTI and NRRD spell it.
+        unit: name of the unit in NIfTI or NRRD.
     """
     factor = MM_PER_UNIT.get(unit.strip('" ').lower())
     if factor is None:
@@ -133,7 +133,7 @@ def in_mm(affine: np.ndarray, unit: str) -> tuple[np.ndarray, str]:
 
 
 def nrrd_field(path: str | Path, field: str) -> str:
-    """A field of the text at the beginning of a NRRD file; empty where it has none."""
+    """A field of the text header of a NRRD file; empty if it is missing."""
     with Path(path).open("rb") as stream:
         text = stream.read(1 << 16).partition(b"\n\n")[0].decode("utf-8", "replace")
     found = re.search(rf"^{field}:=?\s*(.+?)\s*$", text, re.MULTILINE | re.IGNORECASE)
@@ -141,7 +141,7 @@ def nrrd_field(path: str | Path, field: str) -> str:
 
 
 def companions(path: str | Path) -> list[Path]:
-    """Files that belong to a volume's file: the other half of ``.hdr`` and ``.img``, what ``.mhd`` and ``.nhdr`` name as their voxels."""
+    """Files that belong to a volume's file: the other one of ``.hdr`` and ``.img``, or the voxel files that ``.mhd`` or ``.nhdr`` names."""
     path = Path(path)
     name, ending = strip_extension(path.name), path.name[len(strip_extension(path.name)) :].lower()
     if ending in (".img", ".img.gz", ".hdr"):
@@ -164,7 +164,7 @@ def companions(path: str | Path) -> list[Path]:
 
 
 def sidecar(path: str | Path) -> dict[str, Any]:
-    """The BIDS sidecar of a volume's file, ``<name>.json``; empty where there is none that can be read."""
+    """The BIDS sidecar of a volume's file, ``<name>.json``; empty if there is no readable one."""
     path = Path(path)
     try:
         facts = json.loads((path.parent / (strip_extension(path.name) + ".json")).read_text(encoding="utf-8"))

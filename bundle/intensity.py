@@ -1,4 +1,4 @@
-"""Intensities: the scale that the network works on, and the range of its results."""
+"""Intensities: the scale for the network, and the range of its results."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["ClipToInputRanged", "ScaleIntensityByPercentiled"]
 
 logger = logging.getLogger(__name__)
 
-OUTLYING = 4.0  # times the 95th percentile of the magnitudes: no ordinary scan has its 99.9th there (2.5 at most in 70 of them)
+OUTLYING = 4.0  # times the 95th percentile of the magnitudes; in 70 ordinary scans the 99.9th was at most 2.5 times the 95th
 OVERSHOOT = 1.1  # largest magnitude of a result, as a multiple of that of the input
 
 
 class Scale(NamedTuple):
-    """``scaled = (value - offset) / scale``, and what was odd about finding them."""
+    """``scaled = (value - offset) / scale``, with remarks about unusual intensities."""
 
     offset: float
     scale: float
@@ -31,15 +31,15 @@ class Scale(NamedTuple):
 
 
 class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):
-    """Divide by a high percentile of the non-zero magnitudes, so that one outlier voxel does not set the scale.
+    """Divide by a high percentile of the non-zero magnitudes, so that a single outlier does not set the scale.
 
-    Hot spots, far brighter than everything else, do not count. An offset that the air has too is subtracted first. Noise of full strength
-    in the air does not count either. Each is told in the log and in ``meta["remarks"]``. ``meta["unit_intensity"]`` holds the scale.
+    Hot spots (far brighter than everything else) and full-strength noise in the air are ignored. If the air is not near zero, its value is
+    subtracted first. Each case is logged and added to ``meta["remarks"]``. ``meta["unit_intensity"]`` is the scale.
 
     Args:
         keys: volumes (1, X, Y, Z).
         percentile: in percent.
-        clip: whether to clip to [0, 1] (training and evaluation); clipping is not undone by the inverse.
+        clip: whether to clip to [0, 1] (training and evaluation); the inverse does not undo clipping.
 
     Raises:
         ValueError: for a percentile outside (0, 100].
@@ -75,13 +75,13 @@ class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):
 
 
 class ClipToInputRanged(MapTransform):
-    """Keep a result within what its input makes likely: no negative values if the input has none, nothing beyond 1.1 times its extremes.
+    """Clip a result to a range derived from its input: no negative values if the input has none, nothing beyond 1.1 times its extremes.
 
-    Interpolation and networks overshoot at sharp edges; logarithms, N4 and windows by the minimum trip over negative values.
+    Interpolation and networks overshoot at sharp edges. Negative values break logarithms, N4 and display windows that start at the minimum.
 
     Args:
         keys: results (1, X, Y, Z) in the units of the input, with its ``meta["intensity_range"]``.
-        clip: whether to do so.
+        clip: whether to clip.
     """
 
     def __init__(self, keys: KeysCollection, clip: bool | str = True) -> None:
@@ -128,7 +128,7 @@ def find_scale(volume: np.ndarray, percentile: float = 99.9) -> Scale:
 
 
 def _offset(volume: np.ndarray) -> float:
-    """Value of the air where it is not near zero; 0 for an ordinary volume."""
+    """Value of the air if it is not near zero; 0 for an ordinary volume."""
     low, high = (float(p) for p in np.percentile(volume, (1, 99.9)))
     smallest = float(volume.min())
     if volume.size < 1000 or high <= low:
@@ -140,7 +140,7 @@ def _offset(volume: np.ndarray) -> float:
 
 
 def _head_in_noise(magnitudes: np.ndarray, scale: float) -> np.ndarray | None:
-    """Mask of the head where the air around it is as bright as the head and changes from voxel to voxel; ``None`` for other volumes."""
+    """Mask of the head, if the air around it is noise as bright as the head; otherwise ``None``."""
     if min(magnitudes.shape) < 8:
         return None
     shell = np.ones(magnitudes.shape, bool)

@@ -11,13 +11,13 @@ TV_FORMS = ("isotropic", "squared", "anisotropic")
 class PixelTVLoss(nn.Module):
     """Pixel loss plus total variation of the prediction, equation (19): L = L_pixel + phi L_TV.
 
-    L_pixel is the mean squared error (17), L_TV the total variation (18). The paper does not say on which intensity scale phi
-    acts; the two terms scale differently (quadratic and linear), so it matters: ``peak`` sets it.
+    L_pixel is the mean squared error (17), L_TV the total variation (18). The paper does not state the intensity scale of phi. It matters,
+    because one term is quadratic and the other linear: ``peak`` sets it.
 
     Args:
         tv_weight: phi. 0 switches the total variation off (the ablation of table 4).
         tv_form: reading of (18), see :func:`total_variation`.
-        peak: value that intensity 1 is weighed as; 255 (8-bit levels, as in the paper's PSNR) or 1.
+        peak: value of intensity 1 in the loss: 255 (8-bit levels, as in the paper's PSNR) or 1.
 
     Raises:
         ValueError: for a negative ``tv_weight``, an unknown ``tv_form`` or a ``peak`` that is not positive.
@@ -51,10 +51,11 @@ class PixelTVLoss(nn.Module):
 class PSNRLoss(nn.Module):
     """Negative PSNR of each patch, in dB, averaged (Chen L. et al., ECCV 2022, doi 10.1007/978-3-031-20071-7_2).
 
-    Patches of all factors count alike. To the mean squared error those of the largest factors, several times as wrong, count for most.
+    Patches of all factors have equal weight. In a mean squared error, those of the largest factors would dominate, because their error is
+    several times larger.
 
     Args:
-        floor: mean squared error that makes no difference any more; 1 is the intensity scale.
+        floor: added to the mean squared error (intensities in [0, 1]), so that errors below it hardly matter.
     """
 
     def __init__(self, floor: float = 1e-6) -> None:

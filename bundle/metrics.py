@@ -51,7 +51,7 @@ def ssim(prediction: Tensor, target: Tensor, foreground: bool = False) -> Tensor
 
 
 def has_foreground(target: Tensor) -> Tensor:
-    """Which slices (N, 1, H, W) show anatomy: (N,), boolean. Empty slices have no meaningful PSNR and do not count in an average."""
+    """Which slices (N, 1, H, W) show anatomy: (N,), boolean. Empty slices have no meaningful PSNR and are left out of averages."""
     return (target > FOREGROUND).flatten(1).any(1)
 
 
@@ -81,7 +81,7 @@ class SliceMetric(CumulativeIterationMetric):
 
     Args:
         name: ``"psnr"`` or ``"ssim"``.
-        foreground: whether to use the pixels of the foreground only.
+        foreground: whether to use only the pixels of the foreground.
     """
 
     def __init__(self, name: str, foreground: bool = False) -> None:
@@ -96,5 +96,5 @@ class SliceMetric(CumulativeIterationMetric):
         return values.masked_fill(~has_foreground(target), torch.nan)[:, None]
 
     def aggregate(self, *args, **kwargs) -> Tensor:  # type: ignore[override]
-        """Average over the slices seen by all processes; NaN when none shows anatomy."""
+        """Average over the slices of all processes; NaN if none shows anatomy."""
         return self.get_buffer().nanmean()

@@ -14,12 +14,11 @@ __all__ = ["GradientClipping", "layerwise_parameters"]
 def layerwise_parameters(network: nn.Module, lr: float, reference_fan_in: int = 256) -> list[dict]:
     """Parameter groups with a learning rate per layer: lr x min(1, reference_fan_in / fan-in).
 
-    An Adam step changes every weight by about the learning rate, so the output of a convolution moves in proportion to its
-    fan-in (6272 for 7x7 of 128 channels): at the nominal rate of 1e-3 the large branches overshoot and training collapses.
-    Scaling by the fan-in keeps the nominal rate, and its steps, as the base.
+    An Adam step changes every weight by about the learning rate, so the output of a convolution changes in proportion to its fan-in (6272
+    for 7x7 and 128 channels). At the nominal rate of 1e-3 the large branches overshoot and training collapses.
 
     Args:
-        network: its parameters are grouped by rate. A bias takes the rate of its layer.
+        network: its parameters are grouped by rate. A bias has the rate of its layer.
         lr: base learning rate.
         reference_fan_in: layers up to this fan-in learn at the base rate.
 
@@ -37,15 +36,15 @@ def layerwise_parameters(network: nn.Module, lr: float, reference_fan_in: int = 
 
 
 class GradientClipping:
-    """Scale the gradients of each step down where their norm is larger than a bound (Pascanu et al., ICML 2013, arXiv 1211.5063).
+    """Limit the norm of the gradients in each step (Pascanu et al., ICML 2013, arXiv 1211.5063).
 
     Args:
-        network: what is trained.
-        optimizer: of its parameters. Mixed precision has unscaled the gradients when it steps.
-        largest: norm of all gradients together.
+        network: the trained network.
+        optimizer: of its parameters. In mixed precision, the gradients are already unscaled when it steps.
+        largest: upper limit of the norm of all gradients together.
 
     Raises:
-        InputError: when ``largest`` is not positive.
+        InputError: if ``largest`` is not positive.
     """
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, largest: float) -> None:
@@ -63,7 +62,7 @@ class GradientClipping:
 
 
 def _fan_in(module: nn.Module) -> int:
-    """Inputs that one output value depends on; 1 for a layer without a weight matrix."""
+    """Number of inputs of one output value; 1 for a layer without a weight matrix."""
     weight = getattr(module, "weight", None)
     if weight is None or weight.ndim < 2:
         return 1

@@ -1,4 +1,4 @@
-"""What the training data looked like, so that a volume far from them can be told from one like them."""
+"""Ranges of the training data, and warnings for volumes outside them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["compare", "describe", "measure", "read_ranges"]
 
 logger = logging.getLogger(__name__)
 
-# key in the files: what messages call it
+# key in the files: name in messages
 STATISTICS = {
     "factor_x": "factor along x",
     "factor_y": "factor along y",
@@ -28,15 +28,15 @@ STATISTICS = {
     "noise": "standard deviation of the noise, relative to the brightest tissue,",
 }
 ORDINARY_NOISE = 0.02  # of the brightest tissue: not worth a warning
-TOLERANCE = 0.1  # of a value: how far outside the training data's range counts as far, where the range itself is narrower
+TOLERANCE = 0.1  # a value within this fraction of the end of a range does not count as far outside
 
 
 def describe(image: MetaTensor, factor: Factor = 1) -> dict[str, float]:
-    """Statistics by which volumes are compared.
+    """Statistics that :func:`compare` and :func:`measure` use.
 
     Args:
         image: (1, X, Y, Z), RAS, intensities scaled by :class:`bundle.intensity.ScaleIntensityByPercentiled`, not clipped. Contrast
-            and content do not count: what makes a difference to a network are resolution, noise and factor (docs/acquisitions.md).
+            and anatomy do not matter to a network; resolution, noise and factor do (docs/acquisitions.md).
         factor: of the refinement, because the network works on the refined grid: in-plane, of both axes or along x and along y, or
             along all three axes.
 
@@ -58,15 +58,15 @@ def describe(image: MetaTensor, factor: Factor = 1) -> dict[str, float]:
 
 
 def compare(statistics: Mapping[str, float], ranges: Mapping[str, list[float]], modality: str = "") -> list[str]:
-    """What is far from the training data: outside their range by more than its width, and by more than ``TOLERANCE`` of its end.
+    """Statistics outside the range of the training data by more than its width, and by more than ``TOLERANCE`` of its end.
 
     Args:
-        statistics: of a volume, by :func:`describe`.
-        ranges: smallest and largest value among the training subjects, by :func:`measure`.
-        modality: of the volume, where its header says it.
+        statistics: of a volume, from :func:`describe`.
+        ranges: smallest and largest value of the training subjects, from :func:`measure`.
+        modality: from the header of the volume; empty if unknown.
 
     Returns:
-        a line for each.
+        one line for each.
     """
     lines = [f"modality {modality}: the training data are MR"] if modality not in ("", "MR") else []
     for name, (low, high) in ranges.items():
@@ -87,7 +87,7 @@ def measure(
     """Write the range of every statistic over volumes: ``{"volumes": their number, "ranges": {name: [smallest, largest]}}``.
 
     Args:
-        volumes: items with a volume as :func:`describe` takes it.
+        volumes: items with a volume for :func:`describe`.
         path: of the JSON file.
         key: of the volume in an item.
         in_plane_factors: the smallest and the largest that the network is trained for.
@@ -107,13 +107,13 @@ def measure(
 
 
 def read_ranges(path: str | Path | None) -> dict[str, list[float]]:
-    """Ranges written by :func:`measure`. There are none where the file does not exist; one that holds something else is ignored with a
-    warning, because weights of others may have a JSON file of their own beside them."""
+    """Ranges written by :func:`measure`; empty if the file does not exist. A file with other content is ignored with a warning, because
+    other weights may have an unrelated JSON file beside them."""
     if path is None or not Path(path).is_file():
         return {}
     try:
         ranges = json.loads(Path(path).read_text(encoding="utf-8"))["ranges"]
         return {name: [float(low), float(high)] for name, (low, high) in ranges.items() if name in STATISTICS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        logger.warning("%s: ignored, it does not hold ranges of training data (%s: %s)", path, type(e).__name__, e)
+        logger.warning("%s: ignored, it does not contain ranges of training data (%s: %s)", path, type(e).__name__, e)
         return {}

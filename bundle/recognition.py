@@ -1,4 +1,4 @@
-"""What is no scan to super-resolve, told from its name, header and voxels: label maps, series, colours, phase maps."""
+"""Recognises files that are not scans, by name, header and voxels: label maps, series, colour images, phase maps."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ FEW_VALUES = 64
 
 
 def looks_like(path: str | Path) -> str:
-    """What a volume's file seems to hold instead of a scan, ``"a label map (4 whole values)"``; empty for a scan, and for what
-    cannot be read.
+    """What a file seems to contain instead of a scan, such as ``"a label map (4 whole values)"``; empty for a scan or an unreadable file.
 
     Only the middle of the volume is read.
     """
@@ -44,12 +43,12 @@ def looks_like(path: str | Path) -> str:
         if header.intent not in ("none", "estimate", ""):
             return f"a map of the kind {header.intent!r}, as its header says"
         return "" if header.dtype.kind == "c" else values_look_like(_middle(path), str(path))
-    except Exception:  # whatever is wrong with it is said when it is loaded
+    except Exception:  # loading will report the error
         return ""
 
 
 def values_look_like(values: np.ndarray, name: str = "") -> str:
-    """The same for the voxels of a volume, or some neighbouring planes of it: (X, Y, ...)."""
+    """The same, from the voxels of a volume or of some neighbouring planes: (X, Y, ...)."""
     values = values[np.isfinite(values)].reshape(-1) if not np.isfinite(values).all() else values
     low, high = float(values.min()), float(values.max())
     if low == high:
@@ -89,7 +88,7 @@ def _by_name(path: str | Path) -> str:
 
 
 def _middle(path: str | Path) -> np.ndarray:
-    """Three planes in the middle of the volume's file: (X, Y, 3); all of it where they are empty."""
+    """Three planes in the middle of the volume: (X, Y, 3); the whole volume if they are empty."""
     if file_format(path) in ("nifti", "freesurfer"):
         with named_as_nibabel_wants(path) as name:
             voxels = nib.load(name).dataobj  # type: ignore[attr-defined]

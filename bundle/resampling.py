@@ -47,9 +47,9 @@ def downsample(image: Tensor, factor: Factor, mode: str = "bicubic") -> Tensor:
     """Low-resolution version of an image.
 
     Args:
-        image: (..., H, W), floating point. Where ``factor`` does not divide H or W, the last row or column is repeated
-            until the last low-resolution pixel is covered, so that the geometry stays exact.
-        factor: at least 1, of both axes, or two numbers: of H and of W.
+        image: (..., H, W), floating point. If ``factor`` does not divide H or W, the last row or column is repeated to fill the last
+            low-resolution pixel, so that the geometry stays exact.
+        factor: at least 1: one number for both axes, or two, for H and W.
         mode: ``"bicubic"``: antialiased bicubic (Keys' kernel, a = -0.5), the field's convention; equals MATLAB ``imresize``
             and PIL. ``"kspace"``: truncation of k-space, as a scanner with a smaller acquisition matrix does.
 
@@ -57,7 +57,7 @@ def downsample(image: Tensor, factor: Factor, mode: str = "bicubic") -> Tensor:
         (..., ceil(H / factor), ceil(W / factor)).
 
     Raises:
-        ValueError: for an unknown ``mode``, or a ``factor`` that is none (:class:`~bundle.errors.InputError`).
+        ValueError: for an unknown ``mode``, or an invalid ``factor`` (:class:`~bundle.errors.InputError`).
     """
     _check_mode(mode, DEGRADATIONS)
     factors = check_factor(factor)
@@ -67,11 +67,12 @@ def downsample(image: Tensor, factor: Factor, mode: str = "bicubic") -> Tensor:
 
 
 def upsample(image: Tensor, factor: Factor, mode: str = "bicubic") -> Tensor:
-    """Image on a grid refined by ``factor``: (..., H, W) to (..., floor(factor H), floor(factor W)). Arguments as of :func:`downsample`.
+    """Image on a grid refined by ``factor``: (..., H, W) to (..., floor(factor H), floor(factor W)).
 
-    ``"bicubic"`` interpolates with the same kernel; ``"spline"`` with cubic B-splines (:func:`interpolate_slices`);
-    ``"kspace"`` fills the outer k-space with zeros; ``"bilinear"`` and
-    ``"nearest"`` are there to be compared with.
+    Args:
+        image, factor: see :func:`downsample`.
+        mode: ``"bicubic"``: the kernel of :func:`downsample`; ``"spline"``: cubic B-splines (:func:`interpolate_slices`); ``"kspace"``:
+            the outer k-space is filled with zeros; ``"bilinear"`` and ``"nearest"``: for comparison.
     """
     factors = check_factor(factor)
     return enlarge(image, factors, [refined_size(side, f) for side, f in zip(image.shape[-2:], factors)], mode)
@@ -82,13 +83,13 @@ def degrade(image: Tensor, factor: Factor, mode: str = "bicubic", interpolation:
 
     Args:
         image, factor, mode: see :func:`downsample`.
-        interpolation: mode of :func:`upsample`; ``None`` is that of the degradation.
+        interpolation: mode of :func:`upsample`; ``None`` uses ``mode``.
     """
     return enlarge(downsample(image, factor, mode), check_factor(factor), image.shape[-2:], interpolation or mode)
 
 
 def acquire_slices(image: Tensor, factor: float, profile: str = "gaussian", gap: float = 0.0) -> Tensor:
-    """Thick slices across the last axis, as a 2D sequence acquires them: weighted means over the slice profile, none decimated.
+    """Thick slices across the last axis, as a 2D sequence acquires them: weighted means over the slice profile, not decimation.
 
     Args:
         image: (..., D), floating point.
@@ -100,7 +101,7 @@ def acquire_slices(image: Tensor, factor: float, profile: str = "gaussian", gap:
         (..., ceil(D / factor)).
 
     Raises:
-        ValueError: for an unknown ``profile``, a ``gap`` outside [0, 1), or a ``factor`` that is none.
+        ValueError: for an unknown ``profile``, a ``gap`` outside [0, 1), or an invalid ``factor``.
     """
     check_factor(factor)
     if profile not in PROFILES:
@@ -119,14 +120,14 @@ def acquire_slices(image: Tensor, factor: float, profile: str = "gaussian", gap:
 
 
 def degrade_slices(image: Tensor, factor: float, profile: str = "gaussian", gap: float = 0.0) -> Tensor:
-    """Thick slices interpolated back, (..., D) to the same shape. Arguments as of :func:`acquire_slices`."""
+    """Thick slices interpolated to the original grid, (..., D) to the same shape. Arguments as for :func:`acquire_slices`."""
     return interpolate_slices(acquire_slices(image, factor, profile, gap), factor, image.shape[-1])
 
 
 def interpolate_slices(thick: Tensor, factor: float, size: int, order: int = 3) -> Tensor:
     """B-spline interpolation across the last axis, (..., n) to (..., size); the geometry is that of :func:`upsample`.
 
-    Across few thick slices it comes closer than Keys' kernel.
+    Across thick slices it is more accurate than Keys' kernel.
 
     Args:
         thick: slices.
@@ -136,13 +137,13 @@ def interpolate_slices(thick: Tensor, factor: float, size: int, order: int = 3) 
     """
     number = thick.shape[-1]
     to_thick = {"matrix": [1, 1 / factor], "offset": [0, (1 / factor - 1) / 2], "output_shape": (number, size)}
-    # interpolation is linear in the slices: what it makes of each alone are the weights
+    # interpolation is linear in the slices: interpolating unit vectors gives its weights
     weights = torch.from_numpy(affine_transform(np.eye(number), order=order, mode="nearest", **to_thick))
     return thick @ weights.to(thick)
 
 
 def refined_size(side: int, factor: float) -> int:
-    """Pixels of an axis of ``side`` pixels once it is refined: as many whole ones as its field of view holds."""
+    """Number of refined pixels along an axis of ``side`` pixels: the whole ones that fit into the field of view."""
     return math.floor(side * factor + PIXEL_FRACTION)
 
 
@@ -150,7 +151,7 @@ def check_factor(factor: Factor) -> tuple[float, float]:
     """Factors of the two axes.
 
     Raises:
-        InputError: for anything but a number of at least 1, or two of them.
+        InputError: unless ``factor`` is a number of at least 1, or two of them.
     """
     factors = tuple(factor) if isinstance(factor, Sequence) and not isinstance(factor, str) else (factor, factor)
     if len(factors) != 2 or not all(isinstance(f, Real) and not isinstance(f, bool) and 1 <= f < math.inf for f in factors):
@@ -172,7 +173,7 @@ def _pad_end(image: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def enlarge(image: Tensor, factors: Sequence[float], size: Sequence[int], mode: str = "bicubic") -> Tensor:
-    """:func:`upsample` to a given size, that of the image before it was coarse: (..., h, w) to (..., *size)."""
+    """:func:`upsample` to the size of the image before :func:`downsample`: (..., h, w) to (..., *size)."""
     _check_mode(mode, INTERPOLATIONS)
     if mode == "spline":
         for axis, points, factor in zip((-2, -1), size, factors):
@@ -183,7 +184,7 @@ def enlarge(image: Tensor, factors: Sequence[float], size: Sequence[int], mode: 
 
 
 def _resample(image: Tensor, size: list[int], steps: tuple[float, float], mode: str) -> Tensor:
-    """New pixel j lies at the given index (j + 0.5) step - 0.5 of each axis."""
+    """Resample each axis: new pixel j lies at index (j + 0.5) step - 0.5 of the input."""
     if mode == "kspace":
         for axis, points, step in zip((-2, -1), size, steps):
             image = _resample_kspace_axis(image.movedim(axis, -1), points, step).movedim(-1, axis)
@@ -193,9 +194,9 @@ def _resample(image: Tensor, size: list[int], steps: tuple[float, float], mode: 
     scales = (1 / steps[0], 1 / steps[1])
     if mode == "nearest":
         flat = torch.ops.aten._upsample_nearest_exact2d(flat, size, *scales)
-    else:  # antialiased, which selects a = -0.5 for bicubic when enlarging too, where nothing needs to be smoothed
+    else:  # the antialiased functions use a = -0.5 for bicubic; when enlarging they do not smooth
         resize = getattr(torch.ops.aten, f"_upsample_{mode}2d_aa")
-        if size[1] == 1 and size[0] > 1:  # torch 2.13 goes down a single column wrongly, but along a single row rightly
+        if size[1] == 1 and size[0] > 1:  # torch 2.13 resamples a single column wrongly, a single row correctly
             flat = resize(flat, [flat.shape[-2], 1], False, 1.0, scales[1]).mT.contiguous()
             flat = resize(flat, [1, size[0]], False, 1.0, scales[0]).mT.contiguous()
         else:
@@ -204,14 +205,14 @@ def _resample(image: Tensor, size: list[int], steps: tuple[float, float], mode: 
 
 
 def _resample_kspace_axis(image: Tensor, size: int, step: float) -> Tensor:
-    """The wave that the last axis samples, without the frequencies that the new pixels cannot hold, at their centres."""
+    """Trigonometric interpolation of the last axis at the new centres, without frequencies above the new Nyquist frequency."""
     length = image.shape[-1]
     if size == length and step == 1:
         return image
-    cut_off = length / 2 * min(1, 1 / step)  # in periods; not kept itself: at the Nyquist frequency the phase is not determined
+    cut_off = length / 2 * min(1, 1 / step)  # in periods; exclusive, because the phase is undetermined at the Nyquist frequency
     periods = torch.arange(math.ceil(cut_off - PIXEL_FRACTION / 2), dtype=torch.float64, device=image.device)
     centres = (torch.arange(size, dtype=torch.float64, device=image.device) + 0.5) * step - 0.5
     phase = 2 * math.pi / length * periods[:, None] * centres
-    amplitude = (1 + (periods > 0).double()[:, None]) / length  # a real image's spectrum has each frequency but 0 twice
+    amplitude = (1 + (periods > 0).double()[:, None]) / length  # the spectrum of a real image contains each frequency except 0 twice
     spectrum = torch.fft.rfft(image)[..., : len(periods)]
     return spectrum.real @ (amplitude * phase.cos()).to(image.dtype) - spectrum.imag @ (amplitude * phase.sin()).to(image.dtype)

@@ -30,8 +30,8 @@ class AxialSlicesd(MapTransform):
         axial_slices: first and last slice; ``None`` keeps all.
 
     Raises:
-        InputError: when the range is not ascending from 1; when called on a volume with fewer slices, or whose last axis is not the one
-            from inferior to superior.
+        InputError: if the range is not ascending from 1; when called on a volume with fewer slices, or whose last axis does not run
+            between inferior and superior.
     """
 
     def __init__(self, keys: KeysCollection, axial_slices: Sequence[int] | None = None) -> None:
@@ -56,10 +56,10 @@ class AxialSlicesd(MapTransform):
 
 
 class CropInPlaned(MapTransform):
-    """Crop each axial slice to one size, with the window around the foreground of the whole volume.
+    """Crop each axial slice to one size, with one window for the whole volume.
 
-    The window is centred on the bounding box of the foreground (voxels above zero) and moved inside the volume, so
-    foreground is cut only where its bounding box is larger than the window.
+    The window is centred on the bounding box of the foreground (voxels above zero) and shifted into the volume. It cuts foreground only
+    if the bounding box is larger than the window.
 
     Args:
         keys: volumes (1, X, Y, Z).
@@ -91,12 +91,12 @@ class CropInPlaned(MapTransform):
 
 
 class Degraded(MapTransform):
-    """Make the training pair: the volume becomes the target, its degraded self the network's input on the same grid.
+    """Make a training pair: the volume becomes the target, its degraded version the network's input on the same grid.
 
     Args:
         keys: the high-resolution volume (1, X, Y, Z); replaced by the low-resolution one, interpolated to the same grid.
-            ``meta["factor"]`` tells the factors along x and y.
-        target_key: where the high-resolution volume goes.
+            ``meta["factor"]`` receives the factors along x and y.
+        target_key: key for the high-resolution volume.
         factor, mode, interpolation: see :func:`bundle.resampling.degrade`.
     """
 
@@ -117,13 +117,13 @@ class Degraded(MapTransform):
 
 
 class ThickSlicesd(MapTransform):
-    """Make the pair of thick slices: the volume becomes the target, its axial slices made thick and interpolated back the input.
+    """Make a training pair for thick slices: the volume becomes the target, its interpolated thick axial slices the input.
 
     Args:
-        keys: the volume of thin slices (1, X, Y, Z); replaced. ``meta["thickness"]`` tells the distance of the thick ones,
-            ``meta["factor"]`` the factors along the three axes.
-        target_key: where the volume of thin slices goes.
-        thickness: distance of the thick slices in mm; an item's own ``"thickness"`` goes before it.
+        keys: the volume of thin slices (1, X, Y, Z); replaced by the input. ``meta["thickness"]`` receives the distance of the thick slices
+            in mm, ``meta["factor"]`` the factors along the three axes.
+        target_key: key for the volume of thin slices.
+        thickness: distance of the thick slices in mm; an item's ``"thickness"`` overrides it.
         profile, gap: see :func:`bundle.resampling.acquire_slices`.
     """
 
@@ -145,10 +145,10 @@ class ThickSlicesd(MapTransform):
 
 
 def slice_factor(image: MetaTensor, thickness: float) -> float:
-    """Distance of slices of a thickness in mm, in those of a volume of thin ones.
+    """Thickness in mm divided by the slice distance of a volume.
 
     Raises:
-        InputError: when the volume's are thicker.
+        InputError: if the volume's slices are thicker.
     """
     factor = round(thickness / float(image.pixdim[2]), 4)
     if factor < 1:

@@ -1,4 +1,4 @@
-"""Super-resolve a real head MRI whose original is known, and say how close the result comes.
+"""Super-resolve a real head MRI and compare the result with the known original.
 
 A slab of the MNI152 T1 template (it travels with the nilearn package) is acquired at half its in-plane resolution as a scanner does it:
 k-space is truncated, and there is noise of 1 % of the brightest tissue. It is written as a NIfTI volume and given to

@@ -1,7 +1,7 @@
 """Build the bundle's entry of the MONAI Model Zoo, as a folder and as a zip, and verify it.
 
-What is verified is what the zip holds, unpacked in a temporary folder that looks like the zoo, by a process that has the installed packages
-but not this repository. Only what passes appears in the output folder.
+The zip is unpacked into a temporary folder with the layout of the zoo, and verified by a process that has the installed packages but not
+this repository. If it fails, nothing is written to the output folder.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def build(folder: Path) -> Path:
-    """Copy what the zoo holds of a bundle."""
+    """Copy the parts of the bundle that belong in the zoo."""
     folder.mkdir(parents=True)
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=LEFT_OUT)
@@ -78,19 +78,19 @@ def build(folder: Path) -> Path:
 
 
 def hub_readme() -> str:
-    """The model card with what the Hugging Face hub reads at its top, and links as they are seen from the folder above ``docs``."""
+    """The model card with front matter for the Hugging Face hub, and links relative to the folder above ``docs``."""
     card = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     card = re.sub(r"\]\((?!https?:|#|\.\./)", "](docs/", card).replace("](../", "](")
     return FRONT_MATTER + card
 
 
 def check_versions(meta: dict, any_versions: bool) -> None:
-    """What the metadata name must be what is installed, and so what the tests ran with."""
+    """The metadata must name the installed packages, because the tests ran with those."""
     pinned = {**meta["required_packages_version"], **{name: meta[key] for name, key in PACKAGES.items()}}
     installed = {name: metadata.version(name).split("+")[0] for name in pinned}  # torch adds "+cpu"
     other = [f"{name} {installed[name]} (metadata: {pinned[name]})" for name in pinned if installed[name] != pinned[name]]
     if other and not any_versions:
-        raise RuntimeError(f"configs/metadata.json names other versions than those installed: {', '.join(other)}")
+        raise RuntimeError(f"configs/metadata.json does not name the installed versions: {', '.join(other)}")
     print(f"packages: {'other versions than in the metadata: ' + ', '.join(other) if other else 'the versions in the metadata'}")
 
 
@@ -105,7 +105,7 @@ def pack(folder: Path, archive: Path) -> Path:
 
 
 def read_schema(meta: dict, path: Path | None) -> bytes:
-    """The given schema, the official one, or ours."""
+    """The schema at ``path``, or the official one, or ours if that cannot be reached."""
     if path is None:
         try:
             with urllib.request.urlopen(meta["schema"], timeout=10) as stream:

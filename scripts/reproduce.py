@@ -1,7 +1,7 @@
 """Train and evaluate every network of the comparison, and both ablations, and write the table and the figures.
 
-Drives configs/train.json and configs/evaluate.json: the same data, patches and budget for every network. A killed run goes on where it
-was when started again; several can share one output folder with different --networks, and each writes the table of all that is finished.
+It runs configs/train.json and configs/evaluate.json with the same data, patches and budget for every network. Start an interrupted run
+again to continue it. Several runs can share one output folder with different --networks; each writes the table of all finished networks.
 """
 
 from __future__ import annotations
@@ -87,20 +87,22 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     known = ", ".join(sorted(path.stem for path in (CONFIGS / "datasets").glob("*.json")))
-    parser.add_argument("--dataset", required=True, type=protocol, help=f"protocol: {known}, or an overlay of your own like theirs")
+    parser.add_argument("--dataset", required=True, type=protocol, help=f"protocol: {known}, or the path of your own overlay")
     parser.add_argument("--dataset_dir", required=True, help="folder of the volumes")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder of everything written; continued where it exists")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder of all results; an earlier run there is continued")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), metavar="NAME", help="which to train")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--epochs", type=int, help="the paper's (900 patches a volume, batch 64), x 0.1 after each third; 90 if no budget")
-    budget.add_argument("--patches", type=int, help="patches in all, batch 16, x 0.1 after 70 and 90 %% of them: for a CPU")
+    budget.add_argument(
+        "--epochs", type=int, help="epochs of the paper (900 patches per volume, batch 64), x 0.1 after each third; 90 by default"
+    )
+    budget.add_argument("--patches", type=int, help="number of patches, batch 16, x 0.1 after 70 and 90 %% of them: for a CPU")
     parser.add_argument("--bfloat16", action="store_true", help="train in bfloat16: up to twice as fast on some CPUs (docs/training.md)")
-    parser.add_argument("--learning_rate", type=float, help="instead of the overlays' own, for --networks that diverge on these data")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of each network, with seeds 0, 1, ...")
+    parser.add_argument("--learning_rate", type=float, help="overrides the overlays', for --networks that diverge on these data")
+    parser.add_argument("--seeds", type=int, default=1, help="number of trainings of each network, with seeds 0, 1, ...")
     parser.add_argument("--scale", type=int, default=2, help="factor")
     parser.add_argument(
         "--axial_slices", type=int, nargs=2, metavar=("FIRST", "LAST"),
-        help="test only these; all of the protocol if not given, its middle one for a trial of fewer than 1000 patches",
+        help="test only these (default: all of the protocol, or its middle one for a trial of fewer than 1000 patches)",
     )  # fmt: skip
     return parser.parse_args()
 
@@ -117,7 +119,7 @@ class Run:
     """A folder of trainings and evaluations: ``<output_dir>/<network>/seed<n>``.
 
     Raises:
-        InputError: when the folder holds results of other settings, which must not be mixed with these.
+        InputError: if the folder contains results of other settings, which must not be mixed with these.
     """
 
     def __init__(self, given: argparse.Namespace) -> None:
@@ -145,15 +147,15 @@ class Run:
         return (self.folder(name, seed) / ("weights.pt" if task == "train" else "evaluation/summary.json")).exists()
 
     def train(self, name: str, seed: int) -> None:
-        """Train, and keep the weights as they are shipped: in half precision."""
+        """Train, and save the weights in half precision, as they are shipped."""
         folder = self.folder(name, seed)
         settings = {"bfloat16": self.bfloat16, **self.rate, **self.budget}
         rate = parsed(*self._configs(name), **settings).get_parsed_content("learning_rate")
         training = {"precision": "bfloat16" if self.bfloat16 else "float32", "learning_rate": rate}
         path = folder / "training.json"
-        # an optimizer that is loaded goes on at its old rate
+        # a resumed optimizer keeps its old rate
         if path.exists() and (earlier := json.loads(path.read_text())) != training:
-            raise InputError(f"{folder} holds a training begun with {earlier}, not {training}: give it the same options, or delete it")
+            raise InputError(f"{folder} holds a training with {earlier}, not {training}: use the same options, or delete it")
         write_json(path, training)
         self._bundle_run(name, folder, "train", resume=True, seed=seed, **settings)
         weights = torch.load(folder / "models" / "model.pt", map_location="cpu", weights_only=True)
@@ -167,7 +169,7 @@ class Run:
         self._bundle_run(name, folder / "evaluation", "evaluate", axial_slices=self.axial_slices, **weights)
 
     def report(self) -> None:
-        """Write the table and the figures of all that is finished, whoever ran it."""
+        """Write the table and the figures of everything that is finished, in any run."""
         results = self._results()
         write_json(self.output_dir / "results.json", results)
         write_atomically(self.output_dir / "results.md", lambda path: path.write_text(table(results), encoding="utf-8"))
@@ -210,13 +212,13 @@ class Run:
         )
 
     def _data(self, name: str, task: str, id_: str, overrides: dict) -> CacheDataset:
-        """A data set of the config, loaded once for all networks: loading takes longer than many a training here."""
+        """A data set of the config, loaded once for all networks, because loading can take longer than a training."""
         key = (name, task, id_)
         if key not in self._datasets:
             configs = self._configs(name, *(["evaluate"] if task == "evaluate" else []))
             slices = {k: v for k, v in overrides.items() if k == "axial_slices"}
             parser = parsed(*configs, dataset_dir=self.dataset_dir, scale=self.scale, **slices)
-            parser[f"{id_}::_target_"] = "CacheDataset"  # that of training keeps nothing, as its patches do
+            parser[f"{id_}::_target_"] = "CacheDataset"  # the training data set has no cache, because its patches hold the volumes
             parser[f"{id_}::cache_rate"] = 1.0
             self._datasets[key] = parser.get_parsed_content(id_)
         return self._datasets[key]
@@ -226,7 +228,7 @@ class Run:
         return sorted(int(path.parents[1].name.removeprefix("seed")) for path in folders)
 
     def _results(self) -> dict:
-        """Everything measured, per method: means over subjects of means over seeds."""
+        """All measurements of each method: means over subjects of means over seeds."""
         truth, given = self._test_slice()
         methods: dict[str, dict] = {}
         for name in [*INTERPOLATIONS, *NETWORKS]:
@@ -244,7 +246,7 @@ class Run:
             for metric in METRICS:
                 values = [subject[metric] for subject in subjects.values()]
                 method[metric] = {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
-                # one training may differ from the next by more than one network from another
+                # two trainings of one network can differ more than two networks
                 method[metric]["of_each_seed"] = [float(np.mean([v[metric] for v in s["volumes"].values()])) for s in summaries]
             if name in NETWORKS:
                 network = self.network(name)
@@ -270,7 +272,7 @@ class Run:
         }  # fmt: skip
 
     def _test_slice(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Middle slice of the first test subject and its degraded self, (1, 1, X, Y)."""
+        """Middle slice of the first test subject and its degraded version, (1, 1, X, Y)."""
         first, last = self.axial_slices
         parser = parsed(
             *self._configs("proposed", "evaluate"), dataset_dir=self.dataset_dir, scale=self.scale, axial_slices=[(first + last) // 2] * 2
@@ -294,7 +296,7 @@ class Run:
         return result, statistics.median(seconds[1:])
 
     def _draw_comparison(self, results: dict) -> None:
-        """One test slice by every method, like the paper's figures 3 to 5: the slice, a part enlarged, and the error."""
+        """One test slice for every method, like the paper's figures 3 to 5: the slice, an enlarged part, and the error."""
         truth, given = self._test_slice()
         panels = [Panel("HR", truth[0, 0])]
         for name in results["methods"]:
@@ -323,12 +325,12 @@ class Run:
 
 
 def budget_of(epochs: int | None, patches: int | None, volumes: int) -> dict:
-    """Settings of train.json that make the budget: the paper's schedule, or a number of patches rounded up."""
+    """Settings of train.json for a budget: the paper's schedule, or a number of patches, rounded up."""
     if patches is None:
         epochs = epochs or 90
         milestones = [math.ceil(epochs / 3), math.ceil(2 * epochs / 3)]
         return {"batch_size": 64, "patches_per_volume": 900, "max_epochs": epochs, "lr_milestones": milestones}
-    epochs = min(34, max(3, patches // (16 * volumes)))  # an epoch is what a killed training can lose
+    epochs = min(34, max(3, patches // (16 * volumes)))  # an interrupted training loses at most one epoch
     return {
         "batch_size": 16, "patches_per_volume": math.ceil(patches / (epochs * volumes)), "max_epochs": epochs,
         "lr_milestones": [round(0.7 * epochs), round(0.9 * epochs)], "val_interval": epochs + 1,
@@ -361,7 +363,7 @@ def paired_difference(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
 
 
 def table(results: dict) -> str:
-    """Markdown table of the results, and the paper's figures beside them where it has some."""
+    """Markdown table of the results, with the paper's values if it has any."""
     paper = PAPER.get(results["dataset"], {})
     header = ["method", "PSNR, dB", "SSIM", "gain, dB", "PSNR minus proposed, dB [95 %]"]
     header += ["patches seen", "parameters", "M multiply-adds / pixel", "s / slice"] + (["paper"] if paper else [])
@@ -386,14 +388,14 @@ def table(results: dict) -> str:
 
 
 def curve(losses: Iterable[tuple[int, float]], batch_size: int, points: int = 100) -> list[tuple[int, float]]:
-    """(patches seen, mean loss since the point before) at up to ``points`` places of a training."""
-    known = np.array(sorted(dict(losses).items())).reshape(-1, 2)  # a step done again after an interruption counts once
+    """(patches seen, mean loss since the previous point) at up to ``points`` points of a training."""
+    known = np.array(sorted(dict(losses).items())).reshape(-1, 2)  # a step repeated after an interruption counts once
     parts = [part for part in np.array_split(known, points) if len(part)]
     return [(int(part[-1, 0]) * batch_size, float(part[:, 1].mean())) for part in parts]
 
 
 def losses_of(folder: Path) -> Iterator[tuple[int, float]]:
-    """(step, training loss) from TensorBoard's files, those of an interrupted training included."""
+    """(step, training loss) from TensorBoard's files, including those of an interrupted training."""
     for file in sorted(folder.glob("events.out.tfevents*")):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0})
         events.Reload()

@@ -1,6 +1,6 @@
 """Verify an entry of the MONAI Model Zoo: the checks of the zoo's own CI, and inference on a small volume. Started by package.py.
 
-Needs the folder of the entry as its argument and, in the working directory, the schema of the metadata.
+The argument is the folder of the entry; the working directory must contain the schema of the metadata.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def check_properties(entry: Path, scans: Path) -> None:
 
 
 def check_networks(entry: Path, work: Path) -> None:
-    """The default network and those of configs/networks that have weights of their own: input and output, weights, TorchScript."""
+    """Input and output, weights and TorchScript of the default network and of those in configs/networks with their own weights."""
     configs = entry / "configs"
     overlays = [path for path in sorted((configs / "networks").glob("*.json")) if "checkpoint" in json.loads(path.read_text())]
     for overlay in (None, *overlays):

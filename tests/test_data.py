@@ -430,6 +430,7 @@ def real_cases():
 class TestRealVolumes:
     """Four volumes of each set: the windows of ``configs/datasets`` cut no brain."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("name", "axial_slices", "size"), real_cases())
     def test_crop_cuts_no_brain_that_fits(self, name, axial_slices, size):
         whole = nib.as_closest_canonical(nib.load(name))

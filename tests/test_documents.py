@@ -1,4 +1,4 @@
-"""Every workflow that README.md and docs/ tell to run, run as it stands there, on toy volumes and with a toy's settings."""
+"""Links of the pages, and every workflow of README.md and docs/: each command as written there, on toy volumes with small settings."""
 
 import json
 import re
@@ -11,8 +11,6 @@ import monai.bundle
 import pytest
 import toy
 from fire.parser import DefaultParseValue
-
-pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = (
@@ -39,6 +37,23 @@ def commands(page: str) -> list[dict]:
     return found
 
 
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub derives them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_to_a_file_and_a_heading(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        linked = path.parent / name if name else path
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_run_as_they_stand(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -64,6 +79,7 @@ def test_commands_run_as_they_stand(page, tmp_path, monkeypatch):
         assert any((tmp_path / given["output_dir"]).rglob("*.*")), given
 
 
+@pytest.mark.slow
 def test_the_page_tells_the_error_inside_the_brain_from_that_at_its_edge(tmp_path):
     for n in range(1, 6):
         toy.write_nifti(tmp_path / f"sub-{n}_t1ce.nii.gz", toy.head((40, 36, 20), seed=n))

@@ -71,7 +71,7 @@ def test_random_acquisitions_need_a_network_with_facts(network):
 def test_two_networks_or_data_sets_are_refused_in_one_line(base, pair, what):
     names = " and ".join(sorted(Path(name).stem.replace("inference_", "") for name in pair))
     for order in (pair, pair[::-1]):
-        assert merged(base, *order) == f"{names} are overlays for different {what}: give one of them"
+        assert merged(base, *order) == f"{names} are overlays for different {what}: use only one of them"
 
 
 @pytest.mark.parametrize("overlay", [*NETWORKS, *DATASETS])

@@ -97,7 +97,7 @@ class TestCompare:
 def test_what_holds_no_ranges_is_ignored_with_a_warning(text, tmp_path, caplog):
     (tmp_path / "model.json").write_text(text)
     assert read_ranges(tmp_path / "model.json") == {}
-    assert "model.json: ignored, it does not hold ranges of training data" in caplog.text
+    assert "model.json: ignored, it does not contain ranges of training data" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import toy
 import toy_dicom
-from PIL import Image
 
 from bundle.errors import reason
 from bundle.recognition import looks_like
@@ -27,13 +26,6 @@ DOCUMENT = ROOT / "docs" / "reliability.md"
 BAD_VOLUMES = toy.BAD_VOLUMES | toy_dicom.BAD_VOLUMES
 ODD_VOLUMES = toy.ODD_VOLUMES | toy_dicom.ODD_VOLUMES
 SEVERAL_SERIES = "DICOM: several series in one folder"
-
-
-def bicubic(volume, factor):
-    """Each axial slice of a volume in RAS order, enlarged by Pillow."""
-    size = (volume.shape[1] * factor, volume.shape[0] * factor)
-    slices = [Image.fromarray(volume[..., k].astype(np.float32)).resize(size, Image.Resampling.BICUBIC) for k in range(volume.shape[2])]
-    return np.stack(slices, -1)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +80,7 @@ def test_odd_volume_gives_the_right_result(what, tried):
     path, array, to_world = odd[what]
     assert failures.get(str(path)) is None
     after = nib.as_closest_canonical(nib.load(result(folder, path)))
-    np.testing.assert_allclose(after.get_fdata(), bicubic(array, 2), rtol=1e-5, atol=1e-5 * np.abs(array).max())
+    np.testing.assert_allclose(after.get_fdata(), toy.bicubic(array, 2), rtol=1e-5, atol=1e-5 * np.abs(array).max())
     index = np.stack(np.meshgrid(*map(np.arange, after.shape), indexing="ij"), -1)
     expected = nib.affines.apply_affine(to_world, (index + 0.5) / [2, 2, 1] - [0.5, 0.5, 0.5])
     np.testing.assert_allclose(nib.affines.apply_affine(after.affine, index), expected, atol=1e-4)
@@ -104,8 +96,8 @@ def test_every_series_of_a_folder_is_done(tried):
     folder, *_ = tried
     volumes = [nib.as_closest_canonical(nib.load(path)) for path in (folder / "out" / "mixed").glob("*.nii.gz")]
     one, other = sorted(volumes, key=lambda volume: volume.shape)
-    np.testing.assert_allclose(one.get_fdata(), bicubic(toy.head((30, 28, 4), seed=1), 2), atol=0.01)
-    np.testing.assert_allclose(other.get_fdata(), bicubic(toy.head(), 2), atol=0.01)
+    np.testing.assert_allclose(one.get_fdata(), toy.bicubic(toy.head((30, 28, 4), seed=1), 2), atol=0.01)
+    np.testing.assert_allclose(other.get_fdata(), toy.bicubic(toy.head(), 2), atol=0.01)
 
 
 def test_nothing_is_left_half_written(tried):

@@ -181,7 +181,7 @@ def test_a_comparison_with_other_settings_is_not_mixed_in(comparison, monkeypatc
 
 def test_a_training_is_not_continued_at_another_rate(comparison, monkeypatch, tmp_path):
     shutil.copytree(comparison[5], tmp_path / "RUN", ignore=shutil.ignore_patterns("weights.pt"))  # as if killed while it trained
-    with pytest.raises(InputError, match=r"fsrcnn.seed0 holds a training begun with .*0\.0007.*, not .*0\.001"):
+    with pytest.raises(InputError, match=r"fsrcnn.seed0 holds a training with .*0\.0007.*, not .*0\.001"):
         run(
             monkeypatch,
             "reproduce.py",

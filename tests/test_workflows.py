@@ -407,6 +407,7 @@ def test_a_network_for_any_factor_is_trained_and_evaluated_at_one(data, tmp_path
         assert summary["overall"]["bicubic_psnr"]["mean"] == pytest.approx(np.mean(values), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_thick_slices_are_trained_on_and_evaluated(tmp_path):
     toy.write_subjects(tmp_path / "data", 5, (24, 22, 26))  # slices of 2 mm
     options = {**SMALL_FAST, "dataset_dir": str(tmp_path / "data"), "max_epochs": 1, "thickness": 6}

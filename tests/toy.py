@@ -53,6 +53,13 @@ def head(shape: Sequence[int] = SHAPE, peak: float = 1000.0, seed: int = 0) -> n
     return np.rint(peak * np.clip(1 - radius, 0, None) ** 0.75 * texture * (1 + 0.15 * x + 0.1 * y)).astype(np.float32)
 
 
+def bicubic(volume: np.ndarray, factor: int) -> np.ndarray:
+    """Each axial slice of a volume in RAS order, enlarged by Pillow."""
+    size = (volume.shape[1] * factor, volume.shape[0] * factor)
+    slices = [Image.fromarray(volume[..., k].astype(np.float32)).resize(size, Image.Resampling.BICUBIC) for k in range(volume.shape[2])]
+    return np.stack(slices, -1)
+
+
 def affine(
     spacing: Sequence[float] = (1.0, 1.0, 2.0),
     degrees: Sequence[float] = (0.0, 0.0, 0.0),

@@ -44,21 +44,21 @@ __all__ = [
 def prepare(
     network: Module, device: device, fft_convolutions: bool | str = False, distributed: bool = False, weights: str | None = None
 ) -> Module:
-    """``network`` on ``device``, its weights in the memory format that convolutions run faster in.
+    """Move ``network`` to ``device``, with weights in the memory format that is fastest for convolutions.
 
-    On a CPU freed memory is kept for the next layer (:mod:`bundle.memory`).
+    On a CPU, freed memory is kept for the next layer (:mod:`bundle.memory`).
 
     Args:
         network: maps slices to slices.
         device: where to compute.
         fft_convolutions: whether wide convolutions run in the frequency domain (:mod:`.fft_convolution`).
-        distributed: whether several processes train the network together, each with a part of every batch.
-        weights: file of the weights to start from, loaded once, here: what later replaces them (a checkpoint, the average of federated
-            sites) stays.
+        distributed: whether several processes train the network together, each on a part of every batch.
+        weights: file of the initial weights. It is loaded only here, so that it never replaces a checkpoint or the average of federated
+            sites.
 
     Raises:
-        InputError: when ``weights`` cannot be loaded, or ``fft_convolutions`` is neither true nor false; for batch normalisation in
-            several processes on CPUs, which cannot share its statistics there.
+        InputError: if ``weights`` cannot be loaded, if ``fft_convolutions`` is neither true nor false, or for batch normalisation in
+            several processes on CPUs, which cannot share its statistics.
     """
     in_frequency_domain = switch("fft_convolutions", fft_convolutions)
     if weights is not None:

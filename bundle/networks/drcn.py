@@ -10,7 +10,7 @@ __all__ = ["DRCN"]
 
 
 class DRCN(nn.Module):
-    """Deeply recursive convolutional network: one convolution applied again and again, every recursion reconstructed.
+    """Deeply recursive convolutional network: one convolution is applied repeatedly, and every recursion is reconstructed.
 
     Kim J. et al., "Deeply-recursive convolutional network for image super-resolution", CVPR 2016, doi 10.1109/CVPR.2016.181.
     Embedding of two convolutions; D recursions of a shared one; a shared reconstruction of two convolutions turns each

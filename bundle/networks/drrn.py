@@ -9,16 +9,16 @@ __all__ = ["DRRN"]
 
 
 class DRRN(nn.Module):
-    """Deep recursive residual network: one residual unit applied again and again, each time with the block's input added.
+    """Deep recursive residual network: one residual unit is applied repeatedly, and the block's input is added each time.
 
     Tai Y. et al., "Image super-resolution via deep recursive residual network", CVPR 2017, doi 10.1109/CVPR.2017.298. Each
     recursive block starts with a convolution, h_0, and repeats h_u = W_2 * relu(W_1 * relu(h_u-1)) + h_0 with shared weights.
     The defaults are its B1U25 with 128 filters; 297,216 parameters whatever the number of units. Convolutions have no bias,
-    and no batch normalisation stands before them, as in the public PyTorch versions.
+    and no batch normalisation before them, as in the public PyTorch versions.
 
     Args:
         features: filters of every convolution but the last.
-        num_blocks: recursive blocks B, each with weights of its own.
+        num_blocks: recursive blocks B, each with its own weights.
         num_units: residual units U of a block, which share their weights.
     """
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 __all__ = ["FFTConv2d", "use_fft_convolutions"]
 
 TILE = 32  # largest side transformed at once: arithmetic falls with the tile, the memory of the spectra rises
-MAX_PIXELS = 128 * 256  # transformed at once: larger slices go in bands of tiles, whose spectra fit the caches and the C library keeps
+MAX_PIXELS = 128 * 256  # transformed at once; larger slices are split into bands, whose spectra fit the caches
 MIN_CHANNELS = 32  # below this the transforms cost more than they save
 MIN_KERNEL = 5  # likewise: 3x3 convolutions measured faster when direct
 
@@ -54,10 +54,10 @@ class FFTConv2d(nn.Conv2d):
 
 
 def use_fft_convolutions(network: nn.Module) -> nn.Module:
-    """Let every convolution of ``network`` that gains by it run as :class:`FFTConv2d`; parameters and results stay the same.
+    """Turn every convolution that becomes faster by it into :class:`FFTConv2d`; parameters and results stay the same.
 
     Args:
-        network: changed in place. Convolutions with a stride, dilation, groups, a small or even kernel or few channels are left alone.
+        network: changed in place, except for convolutions with a stride, dilation, groups, a small or even kernel or few channels.
 
     Returns:
         the same network.
@@ -88,7 +88,7 @@ def _tile(length: int) -> int:
 
 
 def _cut(image: Tensor, margin: int) -> Tensor:
-    """Overlapping tiles for the overlap-save method, a view: (N, C, H, W) -> (N, C, rows, columns, h, w)."""
+    """Overlapping tiles for the overlap-save method, as a view: (N, C, H, W) -> (N, C, rows, columns, h, w)."""
     height, width = image.shape[-2:]
     h, w = _tile(height), _tile(width)
     image = F.pad(image, (margin, margin + -width % w, margin, margin + -height % h))
@@ -107,7 +107,7 @@ class _FFTConvolution(torch.autograd.Function):
     """Correlation theorem: spectrum of the output = spectrum of the input x conjugate spectrum of the kernel.
 
     A transform of n = last input position + margin + 1 points is long enough for the wrap-around of the circular convolution
-    to fall outside the wanted output. Complex products are written as real ones: their matrix multiplication is faster.
+    to fall outside the output. Complex products are written as real ones, whose matrix multiplication is faster.
     """
 
     @staticmethod
@@ -189,8 +189,8 @@ def _inverse_matrices(
     b = _angles(points[1], points[1], size[1], start).T
     from_real, from_imaginary = torch.cat([b.cos(), b.sin()]), torch.cat([-b.sin(), b.cos()])
     a = _angles(points[0] // 2 + 1, points[0], size[0], start).T
-    weight = torch.full((points[0] // 2 + 1,), 2.0, dtype=torch.float64)  # each stands for its conjugate partner too,
-    weight[0] = 1.0  # except the frequencies that are their own partner
+    weight = torch.full((points[0] // 2 + 1,), 2.0, dtype=torch.float64)  # each also represents its conjugate,
+    weight[0] = 1.0  # except the frequencies that are their own conjugate
     if points[0] % 2 == 0:
         weight[-1] = 1.0
     weight /= points[0] * points[1]

@@ -1,4 +1,4 @@
-"""How the networks start: at the interpolated image, so that training improves on interpolation from the first step.
+"""Initialisation at the interpolated image, so that training improves on interpolation from the first step.
 
 Default initialisations start far below it and spend their first epochs learning to copy the input (``docs/results.md``).
 """
@@ -30,7 +30,7 @@ def pass_image_through(convolutions: list[nn.Conv2d | nn.ConvTranspose2d]) -> No
     channels keep their initial weights.
 
     Args:
-        convolutions: the layers in their order; the first one takes 1 channel, the last one gives 1.
+        convolutions: the layers in order; the first has 1 input channel, the last 1 output channel.
     """
     start_at_zero(convolutions[-1])  # type: ignore[arg-type]
     for convolution in convolutions:

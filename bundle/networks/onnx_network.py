@@ -14,14 +14,14 @@ onnxruntime, HAS_ONNXRUNTIME = optional_import("onnxruntime")
 
 
 class OnnxNetwork(nn.Module):
-    """A network exported to ONNX (``configs/export_onnx.json``), computed by ONNX Runtime: on a GPU where its package supports one, else on
-    the CPU with as many threads as PyTorch uses.
+    """A network exported to ONNX (``configs/export_onnx.json``), run by ONNX Runtime: on a GPU if the installed package supports one,
+    otherwise on the CPU with as many threads as PyTorch.
 
     Args:
         path: of the ``.onnx`` file.
 
     Raises:
-        InputError: when ONNX Runtime is not installed, or cannot read the file.
+        InputError: if ONNX Runtime is not installed or cannot read the file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,8 +32,8 @@ class OnnxNetwork(nn.Module):
             raise InputError(f"{path}: no such file; configs/export_onnx.json makes one")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-        providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+        available = onnxruntime.get_available_providers()
+        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers)
         except Exception as e:

@@ -15,10 +15,11 @@ import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 
-from .files import RESULT_MARK
+from .headers import RESULT_MARK
 
 __all__ = [
     "Slice",
+    "files_of",
     "find_dicom",
     "find_series",
     "header_of",
@@ -99,6 +100,18 @@ def find_series(folder: str | Path) -> dict[str, list[str]]:
     (magnitude, phase), with a suffix that tells which. ``folder/identifier`` is what :func:`bundle.dicom_volume.load_series` loads.
     """
     return {identifier: list(dict.fromkeys(s.file for s in slices)) for identifier, slices in volumes_in(folder)[0].items()}
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """Files of a DICOM folder, of a series in one (``folder/identifier``), or of the series that a file is a part of; empty for others."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        return []
+    volumes = {name: {s.file for s in slices} for name, slices in volumes_in(folder)[0].items()}
+    if not path.is_dir():
+        volumes = {name: files for name, files in volumes.items() if name == path.name or str(path) in files}
+    return sorted(Path(file) for files in volumes.values() for file in files)
 
 
 def find_dicom(folder: str | Path, results: bool = False) -> list[str]:

@@ -29,7 +29,7 @@ from . import version
 from .dicom import Slice, header_of, slices_of
 from .dicom_volume import TO_RAS, write_file
 from .errors import InputError
-from .files import RESULT_MARK
+from .headers import RESULT_MARK
 from .results import DICOM_ENDING, Results
 
 __all__ = ["SaveDicomd", "derived_series", "write_folder"]

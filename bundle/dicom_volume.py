@@ -18,7 +18,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 from .dicom import Slice, passed_over, slices_of, volumes_in
 from .errors import InputError
 
-__all__ = ["TO_RAS", "check_slices", "load_series", "write_file"]
+__all__ = ["TO_RAS", "check_slices", "grid_of_series", "load_series", "write_file"]
 
 TOLERANCE = 0.05  # of the slice distance: how far a slice may lie from its place on an even grid
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's coordinates grow to the left and to the back
@@ -67,6 +67,17 @@ def load_series(path: str | Path) -> MetaTensor:
         meta["slice_thickness"] = float(np.median([s.thickness or slices[0].thickness for s in slices]))
     array = torch.from_numpy(np.ascontiguousarray(volume.transpose(2, 1, 0)))[None]
     return MetaTensor(array, affine=torch.as_tensor(affine), meta=meta)
+
+
+def grid_of_series(path: str | Path) -> tuple[tuple[int, int, int], np.ndarray]:
+    """Columns, rows and slices of the volume that :func:`load_series` would return, and its affine (mm, RAS); no pixel is read.
+
+    Raises:
+        InputError: as :func:`load_series`.
+    """
+    slices, _ = _without_copies(_chosen(Path(path))[0])
+    rows, columns = slices[0].size
+    return (columns, rows, len(slices)), check_slices(str(path), slices)[0]
 
 
 def check_slices(series: str, slices: Sequence[Slice]) -> tuple[np.ndarray, float]:

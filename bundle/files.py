@@ -12,21 +12,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from .dicom import files_of
 from .errors import InputError
-from .headers import companions
+from .headers import companions, file_format
 
 __all__ = ["fingerprint", "sha256", "write_atomically", "write_json"]
 
 DAY = 24 * 60 * 60  # seconds
-RESULT_MARK = "super-resolved by brain_mri_super_resolution"  # in the header of every result, so that it is never an input
 
 
 def fingerprint(volume: str) -> dict[str, int]:
-    """Number of files, bytes and last change (ns) of a volume: a file with its companions, a DICOM folder, or a series in one."""
+    """Files, bytes and time of the last change (ns) of a volume: a file and its companions, or all slices of a DICOM series."""
     path = Path(volume)
-    folder = path if path.is_dir() else path.parent
-    whole_folder = path.is_dir() or not path.exists()
-    stats = [f.stat() for f in (folder.iterdir() if whole_folder else (path, *companions(path))) if f.is_file()]
+    files = [] if file_format(path) and path.is_file() else files_of(path)
+    stats = [f.stat() for f in files or (path, *companions(path)) if f.is_file()]
     return {"files": len(stats), "bytes": sum(s.st_size for s in stats), "modified": max((s.st_mtime_ns for s in stats), default=0)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ import numpy as np
 from .errors import InputError
 
 __all__ = [
+    "RESULT_MARK",
     "Header",
+    "bids_root",
     "companions",
     "file_format",
     "in_mm",
@@ -29,6 +32,7 @@ __all__ = [
     "strip_extension",
 ]
 
+RESULT_MARK = "super-resolved by brain_mri_super_resolution"  # in the header of every result: never an input again
 NIFTI = (".nii", ".nii.gz", ".img", ".img.gz", ".hdr")  # and Analyze
 FREESURFER = (".mgh", ".mgz", ".mgh.gz")
 META = (".mha", ".mhd")
@@ -164,10 +168,34 @@ def companions(path: str | Path) -> list[Path]:
 
 
 def sidecar(path: str | Path) -> dict[str, Any]:
-    """The BIDS sidecar of a volume's file, ``<name>.json``; empty if there is no readable one."""
-    path = Path(path)
-    try:
-        facts = json.loads((path.parent / (strip_extension(path.name) + ".json")).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+    """What the BIDS sidecars of a volume's file say: ``<name>.json``, and within a BIDS data set those that it inherits from; empty where
+    there is none that can be read."""
+    path = Path(os.path.abspath(path))
+    *entities, suffix = strip_extension(path.name).split("_")
+    folders = [path.parent]
+    top = bids_root(path)
+    if top is not None:
+        folders = [top, *(folder for folder in reversed(path.parents) if folder.is_relative_to(top) and folder != top)]
+    facts: dict[str, Any] = {}
+    for folder in folders:  # from the top: the nearer one overrides
+        for file in _sidecars(folder, entities, suffix) if top else [folder / (strip_extension(path.name) + ".json")]:
+            try:
+                said = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            facts |= said if isinstance(said, dict) else {}
+    return facts
+
+
+def bids_root(path: str | Path) -> Path | None:
+    """The BIDS data set that a file or folder lies in: the nearest folder above with a ``dataset_description.json``; ``None`` outside."""
+    parents = Path(os.path.abspath(path)).parents
+    return next((folder for folder in parents if (folder / "dataset_description.json").is_file()), None)
+
+
+def _sidecars(folder: Path, entities: list[str], suffix: str) -> list[Path]:
+    """JSON files of a folder that BIDS lets a volume inherit from: its suffix, no entity that it lacks. The most special one last."""
+    names = {file: file.stem.split("_") for file in folder.glob(f"*{suffix}.json")}
+    return sorted(
+        (f for f, words in names.items() if words[-1] == suffix and set(words[:-1]) <= set(entities)), key=lambda f: len(names[f])
+    )

@@ -15,6 +15,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
+from .dicom_volume import grid_of_series
 from .errors import InputError
 from .headers import Header, file_format, in_mm, named_as_nibabel_wants, nrrd_field, read_header
 
@@ -27,8 +28,6 @@ PER_PIXEL = 1024  # bytes of feature maps for a pixel of a slice
 
 class CheckMemoryd(MapTransform):
     """Refuse a volume that will not fit into the memory that is free, from its header, before any voxel is read.
-
-    Formats whose header cannot be read here (DICOM) are let through.
 
     Args:
         keys: file names.
@@ -58,10 +57,11 @@ class CheckMemoryd(MapTransform):
     def _needed(self, path: str) -> tuple[float, str]:
         """Bytes, and the voxels that need them."""
         try:
-            if not file_format(path) or not Path(path).is_file():
-                return 0, ""
-            header = read_header(path)
-            shape, affine = _to_ras(header, _affine_in_mm(path, header))
+            if file_format(path) and Path(path).is_file():
+                header = read_header(path)
+                shape, affine = _to_ras(header.shape, _affine_in_mm(path, header))
+            else:
+                shape, affine = _to_ras(*grid_of_series(path))
         except Exception:  # what is wrong with it is said when it is loaded
             return 0, ""
         stub = MetaTensor(torch.zeros(1, 1, 1, 1), affine=torch.as_tensor(affine))
@@ -105,9 +105,9 @@ def _affine_in_mm(path: str, header: Header) -> np.ndarray:
     return in_mm(header.affine, units[0])[0] if units else header.affine
 
 
-def _to_ras(header: Header, affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+def _to_ras(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape and affine of a volume with its axes in the order R, A, S."""
     order = nib.orientations.io_orientation(affine)[:, 0].astype(int).tolist()
     axes = [order.index(axis) for axis in range(3)]
-    shape = [*header.shape[:3], 1, 1][:3]
-    return tuple(shape[a] for a in axes), np.column_stack([*(affine[:, a] for a in axes), affine[:, 3]])
+    sides = [*shape[:3], 1, 1][:3]
+    return tuple(sides[a] for a in axes), np.column_stack([*(affine[:, a] for a in axes), affine[:, 3]])

@@ -26,9 +26,9 @@ from .arguments import paths
 from .dicom import is_dicom_volume
 from .errors import switch
 from .figures import Panel, save_panels
-from .files import RESULT_MARK, fingerprint, sha256, write_atomically, write_json
+from .files import fingerprint, sha256, write_atomically, write_json
 from .grid import oriented
-from .headers import file_format, strip_extension
+from .headers import RESULT_MARK, file_format, strip_extension
 from .ranges import compare, describe, read_ranges
 from .report import Row, html_report
 from .resampling import acquire_slices, downsample

@@ -17,8 +17,7 @@ from typing import Any
 from .arguments import paths
 from .dicom import find_dicom, find_series, is_dicom, passed_over
 from .errors import InputError
-from .files import RESULT_MARK
-from .headers import companions, file_format
+from .headers import RESULT_MARK, companions, file_format
 from .recognition import looks_like
 
 __all__ = ["find_volumes", "split_subjects"]

@@ -1,6 +1,7 @@
 """DICOM in and out: the volumes of a folder, and a result as a derived series."""
 
 import gzip
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from bundle.dicom import find_series, is_dicom
 from bundle.dicom_series import derived_series, write_folder
 from bundle.dicom_volume import load_series, write_file
 from bundle.errors import InputError, reason
+from bundle.files import fingerprint
 from bundle.loading import LoadVolumed
 from bundle.results import Consistencyd
 from bundle.subjects import find_volumes
@@ -130,6 +132,18 @@ class TestFinding:
         caplog.clear()
         find_volumes(f"{folder}/*.dcm")
         assert f"passed over: 5 more slices of the series of {first}" in [record.getMessage() for record in caplog.records]
+
+    def test_changed_neighbour_changes_the_series_of_a_slice(self, tmp_path):
+        folder = toy.write_mixed(tmp_path / "two")
+        files = sorted(folder.iterdir())
+        one, other = str(files[0]), str(files[-1])
+        before = fingerprint(one), fingerprint(other)
+        assert (before[0]["files"], before[1]["files"]) == (6, 4)
+        assert before[0] == fingerprint(str(folder / pydicom.dcmread(one).SeriesInstanceUID))
+        os.utime(files[1], ns=(0, 2**62))
+        assert fingerprint(one) != before[0]
+        assert fingerprint(other) == before[1]
+        assert fingerprint(str(folder))["files"] == 10
 
     def test_picture_without_a_place_is_passed_over_beside_slices(self, tmp_path, caplog):
         folder = toy.write_dicom(tmp_path / "series")

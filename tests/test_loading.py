@@ -100,6 +100,24 @@ def test_sidecar_is_read(tmp_path):
     assert "slices are 3 mm apart" in image.meta["remarks"]
 
 
+def test_sidecar_inherits_within_a_bids_data_set(tmp_path):
+    path = toy.write_nifti(tmp_path / "sub-01" / "anat" / "sub-01_acq-x_T1w.nii.gz")
+    sidecars = {
+        "T1w.json": {"Modality": "MR", "SliceThickness": 5},
+        "T2w.json": {"SliceThickness": 7},
+        "acq-y_T1w.json": {"SliceThickness": 8},
+        "sub-01/sub-01_T1w.json": {"SliceThickness": 1.5},
+    }
+    for name, facts in sidecars.items():
+        (tmp_path / name).write_text(json.dumps(facts))
+    assert "modality" not in load(path).meta
+    (tmp_path / "dataset_description.json").write_text("{}")
+    meta = load(path).meta
+    assert (meta["modality"], meta["slice_thickness"]) == ("MR", 1.5)
+    path.with_name("sub-01_acq-x_T1w.json").write_text(json.dumps({"SliceThickness": 1.2}))
+    assert load(path).meta["slice_thickness"] == 1.2
+
+
 @pytest.mark.parametrize(("name", "voxels"), [("a.mhd", "a.raw"), ("a.nhdr", "a.raw"), ("a.img", "a.hdr")])
 def test_fingerprint_counts_the_file_of_the_voxels(name, voxels, tmp_path):
     path = (toy.write_analyze if name == "a.img" else toy.write_itk)(tmp_path / name)

@@ -28,6 +28,15 @@ def test_too_large_a_volume_is_refused(axcodes, tmp_path, monkeypatch):
         CheckMemoryd("image", InPlaneFactorsd("image", spacing=0.1))({"image": str(path)})
 
 
+def test_too_large_a_dicom_series_is_refused(tmp_path, monkeypatch):
+    folder = toy.write_dicom(tmp_path / "series")
+    monkeypatch.setattr(preflight, "available_memory", lambda: 7 << 20)
+    for path in (folder, folder / "slice002.dcm"):
+        CheckMemoryd("image", InPlaneFactorsd("image", 1))({"image": str(path)})
+        with pytest.raises(InputError, match=f"{path.name}: 400 x 360 x 6 voxels need about "):
+            CheckMemoryd("image", InPlaneFactorsd("image", spacing=0.1))({"image": str(path)})
+
+
 def test_free_memory_is_known():
     assert 1 << 20 < available_memory() < 1 << 50
 

@@ -145,7 +145,7 @@ class Checkpoints:
         kept = f"{self.last} holds the last epoch before" if self.last.exists() else "no epoch was complete"
         return InputError(
             f"{what} in epoch {trainer.state.epoch}, step {trainer.state.iteration}: training stopped, {kept}; "
-            "a lower learning_rate, or amp off, may help"
+            "a lower learning_rate, or --precision float32, may help"
         )
 
     def save(self, trainer: SupervisedTrainer) -> None:

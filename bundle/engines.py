@@ -122,7 +122,7 @@ class VolumeInference(SupervisedEvaluator):
     def predict(self, image: MetaTensor) -> MetaTensor:
         """What the network makes of a volume (1, X, Y, Z), on the same grid."""
         device = torch.device(self.state.device)  # type: ignore[attr-defined]
-        with torch.no_grad(), torch.autocast(device.type, enabled=self.amp):
+        with torch.no_grad():
             return self.inferer(image[None].to(device), self.network)[0]
 
     def _write_failures(self, path: Path) -> None:

@@ -16,6 +16,7 @@ from .conditions import conditions, measured_samples, spectral_facts, with_measu
 from .conditions import positions as subpixel_positions
 from .errors import InputError, switch
 from .memory import release_freed_memory
+from .precision import in_precision
 
 __all__ = ["AutocastInferer", "ForegroundInferer", "OrthogonalSlices", "foreground_box"]
 
@@ -25,28 +26,20 @@ MAX_PIXELS = 512 * 192  # computed at once: the feature maps of larger boxes wou
 
 
 class AutocastInferer(SimpleInferer):
-    """The network on whole patches, its convolutions in bfloat16 if asked to; weights, result and gradients stay float32.
-
-    MONAI's engines have mixed precision on GPUs alone (``amp``). Of the CPUs that compute in bfloat16 (``avx512_bf16`` or ``amx_bf16``
-    among their flags), some train nearly twice as fast by it, some slower (docs/training.md); others emulate it, and are many times slower.
+    """The network on whole patches; weights, result and gradients are float32 whatever it computes in. MONAI's engines have mixed
+    precision on GPUs alone (``amp``).
 
     Args:
-        bfloat16: whether to.
-
-    Raises:
-        InputError: when ``bfloat16`` is not a switch.
+        precision: what its convolutions compute in (:func:`bundle.precision.choose`).
     """
 
-    def __init__(self, bfloat16: bool | str = False) -> None:
+    def __init__(self, precision: str = "float32") -> None:
         super().__init__()
-        self.bfloat16 = switch("bfloat16", bfloat16)
+        self.precision = precision
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """(N, C, H, W) -> what the network makes of it, as float32."""
-        if not self.bfloat16:  # as the engine has it
-            return super().__call__(inputs, network, *args, **kwargs)
-        with torch.autocast(inputs.device.type, torch.bfloat16):
-            return super().__call__(inputs, network, *args, **kwargs).float()
+        return super().__call__(inputs, in_precision(network, self.precision), *args, **kwargs)
 
 
 class ForegroundInferer(SliceInferer):
@@ -68,6 +61,7 @@ class ForegroundInferer(SliceInferer):
         denoise: 1 takes the result as it is; 0 keeps the measured k-space of each slice, with its noise, and takes from the result what
             lies beyond it; values in between mix (:func:`bundle.conditions.with_measured_kspace`).
         interpolation: mode by which the slices were interpolated (:func:`bundle.resampling.enlarge`); across thick ones it is ``"spline"``.
+        precision: what the network's convolutions compute in (:func:`bundle.precision.choose`).
         progress: whether to show a bar, which counts slices.
         kwargs: of :class:`monai.inferers.SliceInferer`. Its ``roi_size`` and ``sw_batch_size`` hold within a box or band.
 
@@ -86,6 +80,7 @@ class ForegroundInferer(SliceInferer):
         noise: float | None = None,
         denoise: float = 1.0,
         interpolation: str = "spline",
+        precision: str = "float32",
         progress: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -96,12 +91,13 @@ class ForegroundInferer(SliceInferer):
             raise InputError(f"noise must be a fraction of the intensity scale, such as 0.02, got {noise!r}")
         if not isinstance(denoise, (int, float)) or not 0 <= denoise <= 1:
             raise InputError(f"denoise must be a number from 0 to 1, got {denoise!r}")
-        self.noise, self.denoise, self.interpolation = noise, denoise, interpolation
+        self.noise, self.denoise, self.interpolation, self.precision = noise, denoise, interpolation, precision
         self.threshold, self.margin, self.show_slices = threshold, margin, progress
         super().__init__(progress=progress and not self.skip_background, **kwargs)
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """(N, 1, three spatial axes) -> the same shape."""
+        network = in_precision(network, self.precision)
         if not (self.skip_background or self.positions):
             every_pixel = super().__call__(inputs, network, *args, **kwargs)
             release_freed_memory()

@@ -310,11 +310,12 @@ class SaveReportd(MapTransform):
     Args:
         keys: the interpolated input; the sample has ``"report"`` and ``"consistency"``.
         results: of the run.
+        computed_in: number format that the network computed in (:func:`bundle.precision.choose`).
     """
 
-    def __init__(self, keys: KeysCollection, results: Results) -> None:
+    def __init__(self, keys: KeysCollection, results: Results, computed_in: str = "float32") -> None:
         super().__init__(keys)
-        self.results = results
+        self.results, self.computed_in = results, computed_in
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping:
         image = data[self.keys[0]]
@@ -326,6 +327,7 @@ class SaveReportd(MapTransform):
             "consistency_db": data["consistency"],
             **{key: value for key, value in data["report"].items() if key != "warnings"},
             "settings": self.results.settings,
+            "computed_in": self.computed_in,
             "input": fingerprint(volume),
         }
         write_json(self.results.path(volume, "_sr.json"), report)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
+from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.utils import set_determinism
 from nibabel.processing import conform
@@ -36,6 +37,7 @@ from bundle.files import write_atomically, write_json
 from bundle.inferers import AutocastInferer
 from bundle.losses import PixelTVLoss
 from bundle.networks import MultiScaleResidualNet, prepare
+from bundle.precision import in_precision
 from bundle.resampling import degrade
 from bundle.subjects import find_volumes
 
@@ -104,12 +106,15 @@ def arguments() -> argparse.Namespace:
 def measure_convolutions(given: argparse.Namespace) -> dict:
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     rows: dict[str, dict] = {}
-    for title, fft, bfloat16 in (("direct", False, False), ("frequency domain", True, False), ("direct, bfloat16", False, True)):
+    for title, fft, precision in (
+        ("direct", False, "float32"),
+        ("frequency domain", True, "float32"),
+        ("direct, bfloat16", False, "bfloat16"),
+    ):
         set_determinism(0)
         network = prepare(MultiScaleResidualNet(features=given.features), device, fft_convolutions=fft)
-        step = median_seconds(training_step(network, given.batch_size, device, AutocastInferer(bfloat16)), given.repeats)
-        # inference is in float32: rounded to 8 bits, the result would lose what the network gained
-        slice_ = None if bfloat16 else median_seconds(inference(network, given.slice, device), given.repeats)
+        step = median_seconds(training_step(network, given.batch_size, device, AutocastInferer(precision)), given.repeats)
+        slice_ = median_seconds(inference(in_precision(network, precision), given.slice, device), given.repeats)
         rows[title] = {"patches_per_second": given.batch_size / step, "seconds_per_slice": slice_}
     return {"features": given.features, "batch_size": given.batch_size, "slice": list(given.slice), "rows": rows}
 
@@ -130,7 +135,7 @@ def step_on(
     return step
 
 
-def inference(network: nn.Module, size: tuple[int, int], device: torch.device) -> Callable[[], None]:
+def inference(network: Callable[[Tensor], Tensor], size: tuple[int, int], device: torch.device) -> Callable[[], None]:
     x = torch.rand(1, 1, *size, device=device)
 
     @torch.inference_mode()
@@ -148,7 +153,7 @@ def measure_inference(given: argparse.Namespace) -> dict:
     if len(volumes) > 1:
         raise InputError(f"{given.inference}: one volume expected, found {len(volumes)}")
     ways = {
-        "naive": parsed("inference", given, skip_background=False, amp=False),
+        "naive": parsed("inference", given, skip_background=False, precision="float32"),
         "fast": parsed("inference", given),
     }
     load, orient, scale = (ways["fast"].get_parsed_content(name) for name in ("load", "orient", "scale_intensity"))
@@ -156,24 +161,25 @@ def measure_inference(given: argparse.Namespace) -> dict:
     depth = truth.shape[-1]
     count = min(given.slices or depth, depth)
     truth = truth[..., [int((n + 0.5) * depth / count) for n in range(count)]].contiguous()
-    image = degrade(truth.movedim(-1, 0), given.scale).movedim(0, -1)[None].contiguous()
+    low = degrade(truth.movedim(-1, 0), given.scale, interpolation=ways["fast"].get_parsed_content("interpolation"))
+    image = MetaTensor(low.movedim(0, -1)[None].contiguous(), meta={"factor": [float(given.scale)] * 2})
     infer = {name: inference_of(parser, image, name == "naive") for name, parser in ways.items()}
     results = {name: run() for name, run in infer.items()}  # warms up
     seconds: dict[str, list[float]] = {name: [] for name in infer}
     for _ in range(given.repeats):  # in turns: what else the machine does meets both
         for name, run in infer.items():
             seconds[name].append(seconds_of(run))
-    psnr = {name: psnr_of(result[0], truth) for name, result in {"interpolated": image, **results}.items()}
+    psnr = {name: psnr_of(result[0], truth) for name, result in {"interpolated": image.as_tensor(), **results}.items()}
     times = {name: statistics.median(s) for name, s in seconds.items()}
     return {
         "volume": Path(given.inference).name, "shape": list(truth.shape[1:3]), "slices": count, "of": depth, "scale": given.scale,
         "seconds": times, "ratio": times["naive"] / times["fast"], "psnr": psnr, "difference_db": psnr["fast"] - psnr["naive"],
-        "largest_difference": float((results["fast"] - results["naive"]).abs().max()), "amp": ways["fast"].get_parsed_content("amp"),
+        "largest_difference": float((results["fast"] - results["naive"]).abs().max()), "computed_in": ways["fast"].get_parsed_content("computed_in"),
         "network": type(ways["fast"].get_parsed_content("network_def")).__name__, "margin": infer_margin(ways["fast"]),
     }  # fmt: skip
 
 
-def inference_of(parser: ConfigParser, image: Tensor, naive: bool) -> Callable[[], Tensor]:
+def inference_of(parser: ConfigParser, image: MetaTensor, naive: bool) -> Callable[[], Tensor]:
     """What the evaluator of ``configs/inference.json`` does with a batch; ``naive``: with weights in the memory format of a new network."""
     device, network, inferer = (parser.get_parsed_content(key) for key in ("device", "network", "inferer"))
     if parser.get_parsed_content("load_weights"):
@@ -185,8 +191,7 @@ def inference_of(parser: ConfigParser, image: Tensor, naive: bool) -> Callable[[
 
     @torch.inference_mode()
     def run() -> Tensor:
-        with torch.autocast(device.type, enabled=parser.get_parsed_content("amp")):
-            return inferer(image.to(device), network).float().cpu()
+        return inferer(image.to(device), network).as_subclass(Tensor).cpu()
 
     return run
 

@@ -133,7 +133,8 @@ class Run:
         middle = (first + last) // 2
         trial = given.patches is not None and given.patches < 1000
         self.axial_slices = given.axial_slices or ([middle, middle] if trial else [first, last])
-        self.budget, self.bfloat16 = budget_of(given.epochs, given.patches, self.volumes), given.bfloat16
+        self.budget, self.bfloat16 = budget_of(given.epochs, given.patches, self.volumes)
+        self.precision = "bfloat16" if given.bfloat16 else "float32"
         self.patches = self.budget["max_epochs"] * self.budget["patches_per_volume"] * self.volumes
         settings = {"dataset": self.dataset.stem, "scale": self.scale, "axial_slices": self.axial_slices, **self.budget}
         path = self.output_dir / "settings.json"
@@ -149,9 +150,9 @@ class Run:
     def train(self, name: str, seed: int) -> None:
         """Train, and save the weights in half precision, as they are shipped."""
         folder = self.folder(name, seed)
-        settings = {"bfloat16": self.bfloat16, **self.rate, **self.budget}
+        settings = {"precision": self.precision, **self.rate, **self.budget}
         rate = parsed(*self._configs(name), **settings).get_parsed_content("learning_rate")
-        training = {"precision": "bfloat16" if self.bfloat16 else "float32", "learning_rate": rate}
+        training = {"precision": self.precision, "learning_rate": rate}
         path = folder / "training.json"
         # a resumed optimizer keeps its old rate
         if path.exists() and (earlier := json.loads(path.read_text())) != training:

@@ -13,6 +13,7 @@ import toy
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from monai.transforms import Invertd
 
+from bundle.errors import reason
 from bundle.intensity import ClipToInputRanged
 
 ROOT = Path(__file__).parents[1]
@@ -135,13 +136,31 @@ def test_workflow_has_the_properties_of_a_bundle(files, kind, data):
     assert workflow.check_properties() == []
 
 
-@pytest.mark.parametrize(("given", "used"), [("false", False), ("true", True), (False, False)])
-@pytest.mark.parametrize(("file", "engine"), [("train", "train::trainer"), ("train", "validate::evaluator"), ("inference", "evaluator")])
-def test_mixed_precision_is_switched_as_the_command_line_says(file, engine, given, used, data, tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("file", "inferer"), [("train", "train::inferer"), ("inference", "inferer")])
+def test_the_network_computes_in_the_precision_of_the_command_line(file, inferer, precision, data, tmp_path):
     parser = ConfigParser()
     parser.read_config(str(CONFIGS / f"{file}.json"))
-    parser.update({"dataset_dir": data, "output_dir": str(tmp_path), "amp": given})
-    assert parser.get_parsed_content(engine).amp is used
+    parser.update({"dataset_dir": data, "output_dir": str(tmp_path), "precision": precision, "positions": False, "facts": False})
+    seen = []
+    network = torch.nn.Conv2d(1, 1, 3, padding=1)
+    network.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    parser.get_parsed_content(inferer)(torch.ones(1, 1, 8, 8, *([1] * (file == "inference"))), network)
+    assert seen == [getattr(torch, precision)]
+
+
+@pytest.mark.parametrize(
+    ("file", "given", "instead"),
+    [("train", {"bfloat16": True}, "bfloat16"), ("train", {"amp": "false"}, "float32"), ("inference", {"amp": "true"}, "auto")],
+)
+def test_options_that_precision_replaced_say_so(file, given, instead):
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / f"{file}.json"))
+    parser.update(given)
+    with pytest.raises(RuntimeError) as error:
+        parser.get_parsed_content("computed_in")
+    (name,) = given
+    assert reason(error.value) == f"--{name} is now --precision: use --precision {instead}"
 
 
 def test_servers_need_no_data_folder_for_postprocessing(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ CONFIGS = ROOT / "configs"
 FILES = {"meta_file": str(CONFIGS / "metadata.json"), "logging_file": str(CONFIGS / "logging.conf"), "device": "$torch.device('cpu')"}
 SMALL = {
     **toy.TINY_OVERRIDES,
+    "precision": "float32",
     "patch_size": 15,
     "patches_per_volume": 8,
     "batch_size": 8,
@@ -126,7 +127,7 @@ def test_training_starts_from_given_weights(data, trained, tmp_path):
 
 
 def test_training_in_bfloat16_ends_near_that_in_float32(data, trained, tmp_path):
-    run("train", dataset_dir=str(data), output_dir=str(tmp_path), bfloat16="true", **SMALL)
+    run("train", dataset_dir=str(data), output_dir=str(tmp_path), **{**SMALL, "precision": "bfloat16"})
     exact, rounded = (torch.load(folder / "models" / "last.pt", weights_only=True) for folder in (trained, tmp_path))
     assert not same_tensors(exact["network"], rounded["network"])
     assert same_tensors(exact["network"], rounded["network"], tolerance=0.002)

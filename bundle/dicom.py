@@ -60,6 +60,7 @@ class Slice(NamedTuple):
     component: str  # magnitude, phase, real or imaginary
     tiles: int  # of the mosaic that it is one of; 0: none
     result: bool  # of an earlier super-resolution
+    padding: tuple[int, int] | None  # smallest and largest stored value that stands for no measurement
     problem: str = ""  # why it cannot be used
 
 
@@ -221,9 +222,21 @@ def _frames(file: str, header: Dataset) -> list[Slice]:
             component=_component(header, get("MRImageFrameTypeSequence", "ComplexImageComponent")),
             tiles=0,
             result=RESULT_MARK in str(header.get("DerivationDescription", "")),
+            padding=_padding(header),
         )
         slices += [slice_] if count > 1 else _tiles(slice_, header)
     return slices
+
+
+def _padding(header: Dataset) -> tuple[int, int] | None:
+    """Stored values outside the measured part. Some headers give a signed value for unsigned pixels, or the reverse."""
+    bits, signed = int(header.get("BitsStored") or 16), int(header.get("PixelRepresentation") or 0)
+    told = [header.get(key) for key in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    if not isinstance(told[0], int):
+        return None
+    values = [int(value) % 2**bits for value in told if isinstance(value, int)]
+    values = [value - 2**bits if signed and value >= 2 ** (bits - 1) else value for value in values]
+    return min(values), max(values)
 
 
 def _tiles(plane: Slice, header: Dataset) -> list[Slice]:

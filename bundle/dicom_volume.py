@@ -44,17 +44,25 @@ def load_series(path: str | Path) -> MetaTensor:
     if copies:
         files = list(dict.fromkeys(Path(copy.file).name for copy, _ in copies))
         remarks.append(f"{len(files)} copies of slices are left out ({', '.join(files[:3])}{', ...' if len(files) > 3 else ''})")
-    affine, distance = check_slices(str(source), slices)
     planes = _Planes(str(source))
+    slices, twins = _without_twins(slices, planes)
+    if twins:
+        remarks.append(f"{len(twins)} slices are there twice, with the same pixels: left out ({', '.join(s.name for s in twins[:3])})")
+    affine, distance = check_slices(str(source), slices)
     volume = np.empty((len(slices), *slices[0].size), np.float32)
+    padding = np.zeros(volume.shape, bool)
     for n, slice_ in enumerate(slices):
         volume[n] = planes[slice_]
+        if slice_.padding is not None:
+            low, high = (np.float32(value * slice_.slope + slice_.intercept) for value in sorted(slice_.padding, reverse=slice_.slope < 0))
+            padding[n] = (volume[n] >= low) & (volume[n] <= high)
     for copy, original in copies:
         if not np.array_equal(planes[copy], planes[original]):
             raise InputError(f"{source}: {copy.name} and {original.name} have one SOPInstanceUID and place, but different pixels")
     if slices[0].inverted:
-        volume = volume.max() - volume
+        volume = volume.max(where=~padding, initial=-np.inf) - volume
         remarks.append("MONOCHROME1, the smallest value is white: the intensities are inverted (largest minus value)")
+    remarks += _fill_padding(volume, padding)
     remarks += _remarks(slices, distance)
     meta = {
         "modality": slices[0].modality,
@@ -67,6 +75,18 @@ def load_series(path: str | Path) -> MetaTensor:
         meta["slice_thickness"] = float(np.median([s.thickness or slices[0].thickness for s in slices]))
     array = torch.from_numpy(np.ascontiguousarray(volume.transpose(2, 1, 0)))[None]
     return MetaTensor(array, affine=torch.as_tensor(affine), meta=meta)
+
+
+def _fill_padding(volume: np.ndarray, padding: np.ndarray) -> list[str]:
+    """Give padding far from all other values the smallest of these, in place; returns remarks."""
+    if not padding.any() or padding.all():
+        return []
+    low, high = volume.min(where=~padding, initial=np.inf), volume.max(where=~padding, initial=-np.inf)
+    margin = 0.1 * (high - low)
+    if low - margin <= volume[padding].min() and volume[padding].max() <= high + margin:
+        return []
+    volume[padding] = low
+    return [f"{padding.mean():.1%} of the voxels are padding by the header: they become {low:g}"]
 
 
 def grid_of_series(path: str | Path) -> tuple[tuple[int, int, int], np.ndarray]:
@@ -182,6 +202,16 @@ def _without_copies(slices: Sequence[Slice]) -> tuple[list[Slice], list[tuple[Sl
             copies.append((slice_, kept[key]))
         kept.setdefault(key, slice_)
     return list(kept.values()), copies
+
+
+def _without_twins(slices: Sequence[Slice], planes: _Planes) -> tuple[list[Slice], list[Slice]]:
+    """Slices, and those left out because the one before lies at the same place and has the same pixels, under another UID."""
+    kept, twins = list(slices[:1]), list[Slice]()
+    for slice_ in slices[1:]:
+        before, single = kept[-1], slice_.frame is None and len(slice_.position) == 3
+        same_place = single and len(before.position) == 3 and np.allclose(slice_.position, before.position, rtol=0, atol=1e-3)
+        (twins if same_place and np.array_equal(planes[slice_], planes[before]) else kept).append(slice_)
+    return kept, twins
 
 
 def _told_distance(slice_: Slice) -> float | None:

@@ -24,7 +24,9 @@ __all__ = [
     "companions",
     "file_format",
     "in_mm",
+    "is_gzip",
     "itk_reader",
+    "length_unit",
     "named_as_nibabel_wants",
     "nrrd_field",
     "read_header",
@@ -33,7 +35,7 @@ __all__ = [
 ]
 
 RESULT_MARK = "super-resolved by brain_mri_super_resolution"  # in the header of every result: never an input again
-NIFTI = (".nii", ".nii.gz", ".img", ".img.gz", ".hdr")  # and Analyze
+NIFTI = (".nii", ".nii.gz", ".img", ".img.gz", ".hdr", ".hdr.gz")  # and Analyze
 FREESURFER = (".mgh", ".mgz", ".mgh.gz")
 META = (".mha", ".mhd")
 NRRD = (".nrrd", ".nhdr")
@@ -54,10 +56,12 @@ class Header(NamedTuple):
 
 
 def file_format(path: str | Path) -> str:
-    """``"nifti"`` (and Analyze), ``"freesurfer"``, ``"metaimage"``, ``"nrrd"`` or ``""``, by the extension in upper or lower case."""
+    """``"nifti"`` (and Analyze), ``"freesurfer"``, ``"metaimage"``, ``"nrrd"`` or ``""``, by the extension in upper or lower case; ``""``
+    for DICOM, whatever its name."""
     name = Path(path).name.lower()
     formats = {"nifti": NIFTI, "freesurfer": FREESURFER, "metaimage": META, "nrrd": NRRD}
-    return next((kind for kind, extensions in formats.items() if name.endswith(extensions)), "")
+    kind = next((kind for kind, extensions in formats.items() if name.endswith(extensions)), "")
+    return "" if kind and _first_bytes(path, 132)[128:] == b"DICM" else kind
 
 
 def strip_extension(name: str) -> str:
@@ -73,16 +77,36 @@ def strip_extension(name: str) -> str:
 
 @contextmanager
 def named_as_nibabel_wants(path: str | Path) -> Iterator[str]:
-    """A path to the file with a lower-case extension, which nibabel requires; a link in a temporary folder if necessary."""
+    """A path to the file with the ending that nibabel requires: lower-case, ``.gz`` only for gzip. A link in a temporary folder if
+    necessary."""
     path = Path(path)
-    ending = path.name[len(strip_extension(path.name)) :]
-    if ending == ending.lower() or not path.is_file():
+    if not path.is_file() or path.name.endswith(_true_ending(path)):
         yield str(path)
         return
     with tempfile.TemporaryDirectory() as folder:
         for file in (path, *companions(path)):
-            (Path(folder) / ("volume" + file.name[len(strip_extension(file.name)) :].lower())).symlink_to(file.resolve())
-        yield str(Path(folder) / ("volume" + ending.lower()))
+            (Path(folder) / ("volume" + _true_ending(file))).symlink_to(file.resolve())
+        yield str(Path(folder) / ("volume" + _true_ending(path)))
+
+
+def is_gzip(path: str | Path) -> bool:
+    """Whether a file is gzip, by its content."""
+    return _first_bytes(path, 2) == b"\x1f\x8b"
+
+
+def _true_ending(path: Path) -> str:
+    """Extension that a NIfTI, Analyze or FreeSurfer file should have: in lower case, that of gzip only where it is."""
+    ending = path.name[len(strip_extension(path.name)) :].lower()
+    plain = {".mgz": ".mgh"}.get(ending, ending.removesuffix(".gz"))
+    return ending if is_gzip(path) == (ending != plain) else {".mgh": ".mgz"}.get(plain, f"{plain}.gz") if is_gzip(path) else plain
+
+
+def _first_bytes(path: str | Path, count: int) -> bytes:
+    try:
+        with Path(path).open("rb") as stream:
+            return stream.read(count)
+    except OSError:
+        return b""
 
 
 def itk_reader(path: str | Path) -> Any:
@@ -136,6 +160,12 @@ def in_mm(affine: np.ndarray, unit: str) -> tuple[np.ndarray, str]:
     return np.diag([factor, factor, factor, 1]) @ affine, f"lengths are in {unit} ({told}): converted to mm"
 
 
+def length_unit(image: nib.Nifti1Pair) -> str:
+    """Unit of length of a NIfTI file as :func:`in_mm` takes it; ``"code 5"`` for one that the format does not have."""
+    code = int(image.header["xyzt_units"]) % 8
+    return ("unknown", "meter", "mm", "micron")[code] if code < 4 else f"code {code}"
+
+
 def nrrd_field(path: str | Path, field: str) -> str:
     """A field of the text header of a NRRD file; empty if it is missing."""
     with Path(path).open("rb") as stream:
@@ -148,8 +178,8 @@ def companions(path: str | Path) -> list[Path]:
     """Files that belong to a volume's file: the other one of ``.hdr`` and ``.img``, or the voxel files that ``.mhd`` or ``.nhdr`` names."""
     path = Path(path)
     name, ending = strip_extension(path.name), path.name[len(strip_extension(path.name)) :].lower()
-    if ending in (".img", ".img.gz", ".hdr"):
-        others = {name.lower() + e for e in ((".hdr", ".hdr.gz") if ending != ".hdr" else (".img", ".img.gz"))}
+    if ending.startswith((".img", ".hdr")):
+        others = {name.lower() + e for e in ((".hdr", ".hdr.gz") if ending.startswith(".img") else (".img", ".img.gz"))}
         return sorted(f for f in path.parent.iterdir() if f.name.lower() in others)
     if ending not in (".mhd", ".nhdr"):
         return []

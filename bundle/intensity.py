@@ -34,7 +34,8 @@ class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):
     """Divide by a high percentile of the non-zero magnitudes, so that a single outlier does not set the scale.
 
     Hot spots (far brighter than everything else) and full-strength noise in the air are ignored. If the air is not near zero, its value is
-    subtracted first. Each case is logged and added to ``meta["remarks"]``. ``meta["unit_intensity"]`` is the scale.
+    subtracted first. Each case is logged and added to ``meta["remarks"]``. ``meta["unit_intensity"]`` is the scale,
+    ``meta["zero_intensity"]`` the offset.
 
     Args:
         keys: volumes (1, X, Y, Z).
@@ -56,7 +57,7 @@ class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):
         for key in self.keys:
             offset, scale, remarks = find_scale(d[key].as_tensor()[0].numpy(), self.percentile)
             d[key] = (d[key] - offset) / scale if offset else d[key] / scale
-            d[key].meta["unit_intensity"] = scale
+            d[key].meta["unit_intensity"], d[key].meta["zero_intensity"] = scale, offset
             if remarks:
                 d[key].meta["remarks"] = "\n".join(filter(None, [d[key].meta.get("remarks", ""), *remarks]))
             for remark in remarks:
@@ -82,19 +83,24 @@ class ClipToInputRanged(MapTransform):
     Args:
         keys: results (1, X, Y, Z) in the units of the input, with its ``meta["intensity_range"]``.
         clip: whether to clip.
+        scaled: whether the results still have the scale of :class:`ScaleIntensityByPercentiled`; they are then clipped in place.
     """
 
-    def __init__(self, keys: KeysCollection, clip: bool | str = True) -> None:
+    def __init__(self, keys: KeysCollection, clip: bool | str = True, scaled: bool = False) -> None:
         super().__init__(keys)
-        self.clip = switch("clip", clip)
+        self.clip, self.scaled = switch("clip", clip), scaled
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         d: dict = dict(data)
         for key in self.keys:
             bounds = d[key].meta.get("intensity_range")
             if self.clip and bounds is not None:
-                low, high = (float(b) for b in bounds)
-                d[key] = d[key].clamp(min(0.0, OVERSHOOT * low), max(0.0, OVERSHOOT * high))
+                low, high = min(0.0, OVERSHOOT * float(bounds[0])), max(0.0, OVERSHOOT * float(bounds[1]))
+                if self.scaled:
+                    zero, unit = float(d[key].meta["zero_intensity"]), float(d[key].meta["unit_intensity"])
+                    d[key].clamp_((low - zero) / unit, (high - zero) / unit)
+                else:
+                    d[key] = d[key].clamp(low, high)
         return d
 
 

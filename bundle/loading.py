@@ -19,7 +19,7 @@ from monai.transforms import LoadImage, MapTransform
 from .dicom import is_dicom_volume
 from .dicom_volume import load_series
 from .errors import InputError
-from .headers import file_format, in_mm, itk_reader, named_as_nibabel_wants, nrrd_field, sidecar
+from .headers import file_format, in_mm, is_gzip, itk_reader, length_unit, named_as_nibabel_wants, nrrd_field, sidecar
 from .recognition import values_look_like
 
 __all__ = ["LoadVolumed"]
@@ -105,7 +105,12 @@ class LoadVolumed(MapTransform):
                 raise InputError(f"{source}: one grey-scale volume expected, got colours")
             is_complex = header.get_data_dtype().kind == "c"
             loader = LoadImage(image_only=True, ensure_channel_first=True, dtype=np.complex64) if is_complex else self.loader
+            start = int(getattr(header.dataobj, "offset", 0))
+            if isinstance(header, nib.Nifti1Image) and start < header.header.single_vox_offset:
+                raise InputError(f"{source}: the voxels begin at byte {start} by the header, which is within the header")
             image = loader(name, reader=self._reader(source))
+        if image.ndim > 4 and set(image.shape[4:]) == {1}:
+            image = MetaTensor(image.as_tensor().reshape(image.shape[:4]), meta=image.meta)
         remarks = []
         if is_complex:
             image = MetaTensor(image.as_tensor().abs(), meta=image.meta)
@@ -128,7 +133,7 @@ class LoadVolumed(MapTransform):
 
 def _check_bytes(source: Path) -> None:
     """Read a file to its end, and say why where that is not possible: nibabel does not look at gzip's checksum."""
-    with gzip.open(source) if source.suffix.lower() == ".gz" else source.open("rb") as stream:
+    with gzip.open(source) if is_gzip(source) else source.open("rb") as stream:
         while stream.read(1 << 24):
             pass
 
@@ -147,15 +152,18 @@ def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
 
     MONAI's reader prefers the qform to the sform where only the former agrees with pixdim; the format knows no such rule.
     """
-    unit = header.header.get_xyzt_units()[0]
+    unit = length_unit(header)
     affine, remark = in_mm(header.affine, unit)
     remarks = [remark]
     image.affine = torch.as_tensor(affine)
     image.meta["original_affine"] = torch.as_tensor(affine)
     sform_code = int(header.header["sform_code"])
-    qform = header.get_qform(coded=True)[0] if not sform_code or int(header.header["qform_code"]) else None
     qform_code = int(header.header["qform_code"])
-    qform = None if qform is None else in_mm(qform, unit)[0]
+    try:
+        qform = in_mm(header.get_qform(), unit)[0] if qform_code or not sform_code else None
+    except ValueError:
+        remarks.append("the qform is no rotation: the sform is used")
+        qform, qform_code = None, 0
     if not sform_code and not qform_code:
         remarks.append("the header says nothing about orientation (sform and qform unknown): left and right are a guess")
     if sform_code and qform is not None:

@@ -17,7 +17,7 @@ from monai.transforms import MapTransform
 
 from .dicom_volume import grid_of_series
 from .errors import InputError
-from .headers import Header, file_format, in_mm, named_as_nibabel_wants, nrrd_field, read_header
+from .headers import Header, file_format, in_mm, length_unit, named_as_nibabel_wants, nrrd_field, read_header
 
 __all__ = ["CheckMemoryd", "available_memory"]
 
@@ -100,7 +100,7 @@ def _affine_in_mm(path: str, header: Header) -> np.ndarray:
     if kind == "nifti":
         with named_as_nibabel_wants(path) as name:
             image: Any = nib.load(name)
-        return in_mm(header.affine, image.header.get_xyzt_units()[0])[0] if isinstance(image, nib.Nifti1Pair) else header.affine
+        return in_mm(header.affine, length_unit(image))[0] if isinstance(image, nib.Nifti1Pair) else header.affine
     units = nrrd_field(path, "space units").split() if kind == "nrrd" else []
     return in_mm(header.affine, units[0])[0] if units else header.affine
 

@@ -28,7 +28,7 @@ from .errors import switch
 from .figures import Panel, save_panels
 from .files import fingerprint, sha256, write_atomically, write_json
 from .grid import oriented
-from .headers import RESULT_MARK, file_format, strip_extension
+from .headers import RESULT_MARK, bids_root, file_format, sidecar, strip_extension
 from .ranges import compare, describe, read_ranges
 from .report import Row, html_report
 from .resampling import acquire_slices, downsample
@@ -38,6 +38,7 @@ __all__ = ["CompareWithTrainingd", "Consistencyd", "Results", "SaveComparisond",
 
 logger = logging.getLogger(__name__)
 
+BIDS_FOLDERS = ("anat", "dwi", "fmap", "func", "perf")
 DICOM_ENDING = "_sr_dicom"  # of the folder of a series
 HOT = 6.0  # magnitude in the intensity scale that no ordinary voxel has
 FILLED = 0.8  # fraction of k-space below which a grid is worth a remark
@@ -58,9 +59,11 @@ class Results:
         report: whether an HTML page belongs to a result.
         dicom: whether a DICOM series belongs to the result of a volume that came as DICOM.
         overwrite: whether complete results are made again.
+        bids: whether ``output_dir`` becomes a BIDS derivative data set: the result of ``sub-01_T1w.nii.gz`` is
+            ``sub-01/anat/sub-01_desc-sr_T1w.nii.gz``. Volumes without a BIDS name keep theirs.
 
     Raises:
-        InputError: when ``weights`` cannot be read, or ``report``, ``dicom`` or ``overwrite`` is neither true nor false.
+        InputError: when ``weights`` cannot be read, or ``report``, ``dicom``, ``overwrite`` or ``bids`` is neither true nor false.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Results:
         report: bool | str = False,
         dicom: bool | str = False,
         overwrite: bool | str = False,
+        bids: bool | str = False,
     ) -> None:
         self.output_dir = Path(str(output_dir))
         self.root = _shared_path(dataset_dir, volumes)
@@ -81,6 +85,9 @@ class Results:
         text = json.dumps({**(settings or {}), "weights": hashed}, default=float)
         self.settings = {k: {"true": True, "false": False}.get(str(v).lower(), v) for k, v in json.loads(text).items()}
         self.report, self.dicom, self.overwrite = switch("report", report), switch("dicom", dicom), switch("overwrite", overwrite)
+        self.bids = switch("bids", bids)
+        sources = {bids_root(volume) for volume in volumes} if self.bids else set()
+        self.raw = sources.pop() if len(sources) == 1 else None  # the one BIDS data set that all volumes come from
         with_name: dict[Path, list[str]] = {}
         for volume in volumes:
             with_name.setdefault(self.path(volume, ""), []).append(volume)
@@ -96,6 +103,9 @@ class Results:
             'out/site/sub-01_sr.nii.gz'
         """
         path = Path(os.path.abspath(volume))
+        derivative = _bids_name(path) if self.bids else None
+        if derivative is not None:
+            return self.output_dir / derivative.with_name(derivative.name + ending.removeprefix("_sr"))
         name = path.name
         # a DICOM folder, or a series in one, may be named after a UID, full of dots
         if file_format(path) and not path.is_dir():
@@ -108,6 +118,28 @@ class Results:
         """Write one file of a result by ``write(path)``; it appears only when complete."""
         write_atomically(self.path(volume, ending), write)
 
+    def bids_facts(self, volume: str) -> dict[str, Any]:
+        """What BIDS wants in the sidecar of a result; empty where the result is no BIDS derivative. Describes the data set on first use."""
+        if not self.bids or _bids_name(Path(volume)) is None:
+            return {}
+        if not (self.output_dir / "dataset_description.json").exists():
+            made_by = {"Name": "brain_mri_super_resolution", "Version": version()}
+            description: dict[str, Any] = {
+                "Name": "Super-resolved MRI",
+                "BIDSVersion": "1.10.0",
+                "DatasetType": "derivative",
+                "GeneratedBy": [made_by],
+            }
+            if self.raw is not None:
+                description["DatasetLinks"] = {"raw": Path(os.path.relpath(self.raw, self.output_dir)).as_posix()}
+            write_json(self.output_dir / "dataset_description.json", description)
+            # BIDS has no place for pictures and pages beside volumes
+            write_atomically(self.output_dir / ".bidsignore", lambda part: part.write_text("*.png\n*.html\nfailed.csv\n", encoding="utf-8"))
+        facts: dict[str, Any] = {"Description": RESULT_MARK, "SkullStripped": bool(sidecar(volume).get("SkullStripped", False))}
+        if self.raw is not None:
+            facts["Sources"] = [f"bids:raw:{Path(os.path.abspath(volume)).relative_to(self.raw).as_posix()}"]
+        return facts
+
     def is_done(self, volume: str) -> bool:
         """Whether the result of a volume is complete, and made from the same input with the same settings."""
         endings = ["_sr.json", "_sr.nii.gz"] + ["_sr.html"] * self.report
@@ -119,6 +151,22 @@ class Results:
             return done["settings"] == self.settings and done["input"] == fingerprint(volume)
         except (OSError, ValueError, KeyError, TypeError):  # not a report of ours: make a new one
             return False
+
+
+def _bids_name(path: Path) -> Path | None:
+    """Path of a derivative of a volume in a BIDS data set, without its extension; ``None`` for a volume whose name is not BIDS.
+
+    Example:
+        >>> _bids_name(Path("sub-01_ses-2_acq-x_T1w.nii.gz")).as_posix()
+        'sub-01/ses-2/anat/sub-01_ses-2_acq-x_desc-sr_T1w'
+    """
+    *entities, suffix = strip_extension(path.name).split("_")
+    if not file_format(path) or not entities or not entities[0].startswith("sub-") or not all("-" in e for e in entities):
+        return None
+    description = next((e for e in entities if e.startswith("desc-")), "desc-")
+    folders = [e for e in entities if e.startswith(("sub-", "ses-"))]
+    kind = path.parent.name if path.parent.name in BIDS_FOLDERS else "anat"
+    return Path(*folders, kind, "_".join([*(e for e in entities if e != description), f"{description}sr", suffix]))
 
 
 def _shared_path(dataset_dir: Any, volumes: Sequence[str]) -> str:
@@ -326,6 +374,7 @@ class SaveReportd(MapTransform):
             "factor": [float(f) for f in image.meta["factor"]],
             "consistency_db": data["consistency"],
             **{key: value for key, value in data["report"].items() if key != "warnings"},
+            **self.results.bids_facts(volume),
             "settings": self.results.settings,
             "computed_in": self.computed_in,
             "input": fingerprint(volume),

@@ -46,6 +46,11 @@ OTHER_IMAGES = (
 )
 
 
+DICOM = (".dcm", ".dicom", ".ima")
+OURS = "(_sr|_desc-[0-9A-Za-z]*sr_[0-9A-Za-z]+)"  # how names of results end
+NOT_RAW = ("derivatives", "sourcedata")  # of a BIDS data set
+
+
 def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> list[str]:
     """Volumes at or below a path, sorted by name.
 
@@ -128,7 +133,7 @@ def _below(top: Path, pattern: str | Sequence[str] | None, passed: list[str]) ->
     if not os.access(top, os.R_OK | os.X_OK):
         raise InputError(f"{top}: no permission to read this folder")
     volumes = []
-    for folder, files in _folders(top, passed):
+    for folder, files in _folders(top, passed, () if pattern else NOT_RAW):
         slices = [f for f in files if not file_format(f) and is_dicom(f)] if pattern is None else []
         volumes += _scans([f for f in files if f not in slices], pattern, passed)
         if slices:
@@ -138,8 +143,9 @@ def _below(top: Path, pattern: str | Sequence[str] | None, passed: list[str]) ->
     return volumes
 
 
-def _folders(top: Path, passed: list[str]) -> Iterator[tuple[Path, list[Path]]]:
-    """A folder and those below it, with their files: each folder once, by its real name where it has one, nothing hidden."""
+def _folders(top: Path, passed: list[str], not_raw: Sequence[str]) -> Iterator[tuple[Path, list[Path]]]:
+    """A folder and those below it, with their files: each folder once, by its real name where it has one, nothing hidden, nor what is
+    ``not_raw`` in a BIDS data set."""
     seen: set[Path] = set()
     folders, links = [top], list[Path]()
     while folders or links:
@@ -154,8 +160,11 @@ def _folders(top: Path, passed: list[str]) -> Iterator[tuple[Path, list[Path]]]:
         except OSError as e:
             passed.append(f"{folder}: {e.strerror}")
             continue
+        bids = any(e.name == "dataset_description.json" for e in entries)
         for entry in entries:
-            if entry.is_dir():
+            if bids and entry.name in not_raw:
+                passed.append(f"{entry.path}: not searched with the rest of a BIDS data set; give it by itself")
+            elif entry.is_dir():
                 (links if entry.is_symlink() else folders).append(Path(entry.path))
         # a broken link is listed, and fails by its name later: data sets are often full of them
         files = [e for e in entries if e.is_file() or (e.is_symlink() and not os.path.exists(e.path))]
@@ -174,7 +183,7 @@ def _scans(files: list[Path], pattern: str | Sequence[str] | None, passed: list[
             if any(file.match(p) for p in _patterns(pattern)) and not _is_result(file):
                 scans.append(str(file))
             continue
-        if file.name.lower().endswith(".hdr") and companions(file):  # its voxels stand in the .img
+        if file.name.lower().endswith((".hdr", ".hdr.gz")) and companions(file):  # its voxels stand in the .img
             continue
         if file_format(file) and not _is_result(file):
             why = "" if broken else looks_like(file)
@@ -186,10 +195,14 @@ def _scans(files: list[Path], pattern: str | Sequence[str] | None, passed: list[
             others["results of earlier runs"] += 1
         elif broken:
             passed.append(f"{file}: a link to {file.readlink()}, which does not exist")
-        elif file.suffix.lower() in OTHER_IMAGES and not file.name.endswith("_sr.png"):
+        elif file.suffix.lower() in OTHER_IMAGES and not re.search(OURS + r"\.png$", file.name):
             passed.append(f"{file}: {file.suffix} files are not read")
         elif _holds_nifti(file):
             passed.append(f"{file}: holds NIfTI; give it the extension .nii or .nii.gz")
+        elif _start(file)[128:132] == b"DICM":  # any other was taken for a slice
+            passed.append(f"{file}: holds DICOM in gzip; unpack it")
+        elif file.suffix.lower() in DICOM:
+            passed.append(f"{file}: is no DICOM, whatever its name says")
         else:
             others[file.suffix or "no extension"] += 1
     if others:
@@ -218,7 +231,7 @@ def _holds_nifti(file: Path) -> bool:
 
 def _is_result(file: Path) -> bool:
     """Whether a file was written by :class:`bundle.results.SaveVolumed`."""
-    return file.name.endswith("_sr.nii.gz") and RESULT_MARK.encode() in _start(file)
+    return bool(re.search(OURS + r"\.nii\.gz$", file.name)) and RESULT_MARK.encode() in _start(file)
 
 
 def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str, subject_pattern: str | None = None) -> list[dict[str, str]]:

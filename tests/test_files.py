@@ -35,6 +35,19 @@ class TestResultPath:
         path = Results("out", tmp_path / "in", []).path(tmp_path / "in" / name, "_sr.nii.gz")
         assert path == Path(f"out/{name}_sr.nii.gz")
 
+    @pytest.mark.parametrize(
+        ("volume", "expected"),
+        [
+            ("sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_desc-sr_T1w.json"),
+            ("sub-01_ses-2_acq-x_T2w.nii", "sub-01/ses-2/anat/sub-01_ses-2_acq-x_desc-sr_T2w.json"),
+            ("sub-01/fmap/sub-01_desc-preproc_magnitude1.nii.gz", "sub-01/fmap/sub-01_desc-preprocsr_magnitude1.json"),
+            ("site/t1_mprage.nii.gz", "site/t1_mprage_sr.json"),
+        ],
+    )
+    def test_bids_names_are_those_of_derivatives(self, volume, expected):
+        results = Results("out", "/in", [f"/in/{volume}"], bids="true")
+        assert results.path(f"/in/{volume}", "_sr.json") == Path("out") / expected
+
     def test_equal_names_in_several_folders_stay_apart(self):
         volumes = ["/in/a/t1.nii.gz", "/in/b/t1.nii.gz", "/in/b/c/t1.nii.gz"]
         results = [Results("out", "/in", volumes).path(volume, "_sr.nii.gz") for volume in volumes]

@@ -18,11 +18,15 @@ import numpy as np
 import pytest
 import torch
 import toy
+import toy_dicom
+from monai.data import MetaTensor
 from PIL import Image
 
 from bundle.errors import reason
 from bundle.inferers import OrthogonalSlices
+from bundle.intensity import find_scale
 from bundle.resampling import upsample
+from bundle.results import Consistencyd
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "inference.json")
@@ -110,6 +114,19 @@ class TestGeometryAndIntensity:
         plain, other = (nib.load(infer(path, weights, tmp_path / weights) / "sub_sr.nii.gz") for weights in ("untrained", "random"))
         np.testing.assert_array_equal(other.affine, plain.affine)
         assert np.abs(other.get_fdata() - plain.get_fdata()).max() > 1
+
+    def test_report_is_about_what_is_written(self, infer, tmp_path):
+        head = toy.head((20, 22, 4))
+        path = toy.write_nifti(tmp_path / "a.nii.gz", head)
+        scale, told, measured = find_scale(head).scale, [], []
+        for clip in (True, False):
+            out = infer(path, output_dir=tmp_path / str(clip), clip=clip)
+            told.append(json.loads((out / "a_sr.json").read_text())["consistency_db"]["result"])
+            written = MetaTensor(canonical(out / "a_sr.nii.gz").get_fdata()[None] / scale, meta={"factor": [2, 2], "filename_or_obj": "a"})
+            sample = Consistencyd(("image", "pred"))({"image": written, "pred": written, "before": head[None] / scale})
+            measured.append(sample["consistency"]["result"])
+        assert told == pytest.approx(measured, abs=0.02)
+        assert abs(told[0] - told[1]) > 0.1
 
     def test_storage_order_does_not_matter(self, infer, tmp_path):
         head, to_world = outlying(toy.head((21, 22, 4))), toy.affine((1, 1.1, 3), (5, 6, 7))
@@ -455,6 +472,48 @@ class TestStartedAgain:
             (out / f".part-{platform.node()}-{gone.pid}-{name}").write_bytes(b"half")
         infer(two)
         assert not [name for name in files_below(out) if "part" in name]
+
+
+class TestFoldersAsPeopleHaveThem:
+    def test_datalad_bids_data_set(self, infer, tmp_path):
+        data, objects = tmp_path / "bids", Path(".git") / "annex" / "objects"
+        for number in (1, 2, 3):
+            scan = data / f"sub-{number:02d}" / "anat" / f"sub-{number:02d}_T1w.nii.gz"
+            scan.parent.mkdir(parents=True)
+            key = data / objects / f"{number:02d}" / f"MD5E-s{number}.nii.gz" / f"MD5E-s{number}.nii.gz"
+            scan.symlink_to(os.path.relpath(key, scan.parent))
+            if number < 3:  # what was not fetched is a broken link
+                toy.write_nifti(key, toy.head((20, 22, 3), seed=number), toy.affine((1, 1, 5)))
+        (data / "dataset_description.json").write_text('{"Name": "toy", "BIDSVersion": "1.10.0"}')
+        (data / "T1w.json").write_text('{"Modality": "MR", "SliceThickness": 4}')
+        out = data / "derivatives" / "brain_mri_super_resolution"
+        for _ in range(2):  # the results are no input of a second run
+            with pytest.raises(RuntimeError) as error:
+                infer(data, output_dir=out, bids=True)
+            assert "1 of 3 volumes failed" in reason(error.value) and "sub-03_T1w.nii.gz: a link to " in reason(error.value)
+        names = [f"sub-{n:02d}/anat/sub-{n:02d}_desc-sr_T1w.{ending}" for n in (1, 2) for ending in ("json", "nii.gz", "png")]
+        assert files_below(out) == [".bidsignore", "dataset_description.json", "failed.csv", *names]
+        description = json.loads((out / "dataset_description.json").read_text())
+        assert (description["DatasetType"], description["GeneratedBy"][0]["Name"]) == ("derivative", "brain_mri_super_resolution")
+        assert (out / description["DatasetLinks"]["raw"]).samefile(data)
+        facts = json.loads((out / names[0]).read_text())
+        assert (facts["Sources"], facts["SkullStripped"]) == (["bids:raw:sub-01/anat/sub-01_T1w.nii.gz"], False)
+
+    def test_archive_of_dicom(self, infer, tmp_path, capsys):
+        study = tmp_path / "pacs" / "PAT00001" / "STU00001"
+        toy_dicom.rename(toy.write_dicom(study / "SER00001", to_world=toy.affine((1, 1, 2))), lambda ds, n: f"IMG{n:05d}")
+        toy_dicom.add_screenshot(toy.write_dicom(study / "SER00002", toy.head((20, 22, 3), seed=1)))
+        toy_dicom.localizer(study / "SER00003")
+        toy.write_mixed(tmp_path / "pacs" / "PAT00002")
+        shutil.copytree(study / "SER00001", tmp_path / "pacs" / "copy of SER00001")
+        out = infer(tmp_path / "pacs", "untrained")
+        results = [name.removesuffix("_sr.nii.gz") for name in files_below(out) if name.endswith("_sr.nii.gz")]
+        folders = [str(Path(name).parent) if "1.2." in name else name for name in results]
+        stu = "PAT00001/STU00001"
+        assert sorted(folders) == sorted(
+            ["copy of SER00001", f"{stu}/SER00001", f"{stu}/SER00002", *[f"{stu}/SER00003"] * 3, *["PAT00002"] * 2]
+        )
+        assert "screenshot.dcm (Secondary Capture Image Storage: a screenshot or a scanned page)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("volumes", "bad"), [(3, 2), (1, 0)])

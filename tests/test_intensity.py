@@ -46,3 +46,6 @@ def test_clip_keeps_the_input_s_range(bounds, expected):
     assert (float(clipped.min()), float(clipped.max())) == pytest.approx(expected)
     kept = ClipToInputRanged("pred", clip="false")({"pred": image})["pred"]
     np.testing.assert_array_equal(kept, image)
+    scaled = MetaTensor((image.as_tensor() - 40) / 25, meta={**image.meta, "zero_intensity": 40.0, "unit_intensity": 25.0})
+    ClipToInputRanged("pred", scaled=True)({"pred": scaled})
+    np.testing.assert_allclose(scaled.as_tensor() * 25 + 40, clipped.as_tensor(), atol=1e-4)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import toy
+import toy_dicom
 
 pytest.importorskip("monailabel", reason="docs/monai_label.md says how to install MONAI Label")
 
@@ -24,6 +26,7 @@ import itk
 import psutil
 import requests
 import torch
+from fastapi import HTTPException
 from monailabel.client import MONAILabelClient
 
 from bundle.dicom_volume import load_series
@@ -270,6 +273,23 @@ def test_the_answer_passes_the_warnings_on(server):
     )
     assert response.status_code == 200, response.text
     assert "warnings" in response.json()
+
+
+def test_a_dicom_answer_has_the_warnings_too_and_no_path_of_the_server(tmp_path):
+    folder = toy_dicom.series(tmp_path / "series", lambda ds, n: setattr(ds, "SliceThickness", 1))
+    app = runpy.run_path(str(ROOT / "scripts" / "label_app" / "main.py"))
+    file, answer = app["SuperResolution"]([], tmp_path / "none.pt")({"image": str(folder), "result_extension": ".zip", "device": "cpu"})
+    assert zipfile.ZipFile(file).testzip() is None
+    assert "slices 1 mm thick lie 2 mm apart: a gap of 1 mm" in answer["warnings"]
+    assert answer.keys() == {"label_names", "scale", "spacing", "axial_slices", "warnings"}
+
+
+def test_a_volume_that_is_passed_over_is_named_with_the_reason(tmp_path):
+    path = toy.write_nifti(tmp_path / "scan.nii.gz", to_world=toy.affine((1, 1, 1)))
+    app = runpy.run_path(str(ROOT / "scripts" / "label_app" / "main.py"))
+    with pytest.raises(HTTPException) as error:
+        app["SuperResolution"]([app["CONFIGS"] / "isotropic.json"], tmp_path / "none.pt")({"image": str(path), "device": "cpu"})
+    assert error.value.detail == f"passed over: {path}: voxels of 1 x 1 x 1 mm are isotropic already"
 
 
 @pytest.mark.parametrize(

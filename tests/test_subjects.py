@@ -1,3 +1,4 @@
+import gzip
 import logging
 import os
 
@@ -65,6 +66,27 @@ def test_patterns_and_lists(tmp_path, monkeypatch):
     assert Results("", both, ["x/1.nii", "y/1.nii"]).root == str(tmp_path)
     with pytest.raises(InputError, match=r"z/\*\.nii: no file has a name like this"):
         find_volumes("z/*.nii")
+
+
+def test_what_only_looks_like_dicom_is_named(tmp_path, caplog):
+    series = toy.write_dicom(tmp_path / "series")
+    (series / "lost.dcm").write_bytes(b"")
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "a.dcm.gz").write_bytes(gzip.compress((series / "slice001.dcm").read_bytes()))
+    assert find_volumes(tmp_path) == [str(series)]
+    assert f"passed over: {series / 'lost.dcm'}: is no DICOM, whatever its name says" in caplog.text
+    assert f"passed over: {tmp_path / 'packed' / 'a.dcm.gz'}: holds DICOM in gzip; unpack it" in caplog.text
+
+
+def test_derivatives_of_a_bids_data_set_are_no_raw_scans(tmp_path, caplog):
+    raw = toy.write_nifti(tmp_path / "sub-01" / "anat" / "sub-01_T1w.nii.gz")
+    made = toy.write_nifti(tmp_path / "derivatives" / "fmriprep" / "sub-01" / "anat" / "sub-01_desc-preproc_T1w.nii.gz")
+    assert find_volumes(tmp_path) == [str(made), str(raw)]
+    (tmp_path / "dataset_description.json").write_text("{}")
+    assert find_volumes(tmp_path) == [str(raw)]
+    assert f"passed over: {tmp_path / 'derivatives'}: not searched with the rest of a BIDS data set; give it by itself" in caplog.text
+    assert find_volumes(tmp_path / "derivatives") == [str(made)]
+    assert len(find_volumes(tmp_path, "*_T1w.nii.gz")) == 2
 
 
 def test_sessions_of_a_subject_stay_together(tmp_path):

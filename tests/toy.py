@@ -332,6 +332,7 @@ def _move(path: Path, *shift: float) -> None:
 def _copy_of(path: Path) -> None:
     ds = pydicom.dcmread(path)
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    ds.PixelData = (ds.pixel_array + 1).tobytes()
     ds.save_as(path.with_name("copy.dcm"))
 
 
@@ -340,6 +341,7 @@ def _over_time(files: list[Path]) -> None:
         ds = pydicom.dcmread(path)
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
         ds.InstanceNumber += len(files)
+        ds.PixelData = (ds.pixel_array + 1).tobytes()
         ds.save_as(path.with_name(f"later {path.name}"))
 
 
@@ -390,13 +392,12 @@ BAD_VOLUMES: dict[str, Callable[[Path], Path]] = {
     "corrupt header: negative size": _header(dim=[3, 40, -36, 6, 1, 1, 1, 1]),
     "corrupt header: larger than the file": _header(dim=[3, 30000, 30000, 30, 1, 1, 1, 1]),
     "corrupt header: not a NIfTI magic": _header(magic=b"xyz", sizeof_hdr=7),
-    "gzip named .nii": lambda folder: write_nifti(folder / "bad.nii.gz").rename(folder / "bad.nii"),
     "NIfTI named .mha": lambda folder: write_nifti(folder / "bad.nii").rename(folder / "bad.mha"),
-    "plain NIfTI named .nii.gz": lambda folder: write_nifti(folder / "bad.nii").rename(folder / "bad.nii.gz"),
     "PNG named .nii": _picture,
+    "voxels that begin within the header": _header(vox_offset=0),
     "broken link": _link,
     "DICOM: a slice is missing": _dicom(lambda files: files[3].unlink()),
-    "DICOM: a slice is there twice": _dicom(lambda files: _copy_of(files[2])),
+    "DICOM: two different slices at one place": _dicom(lambda files: _copy_of(files[2])),
     "DICOM: a series over time": _dicom(_over_time),
     "DICOM: uneven slice distances": _dicom(lambda files: _move(files[3], 0, 0, 0.5)),
     "DICOM: tilted gantry": _dicom(_tilt),
@@ -449,6 +450,10 @@ def _odd(
         return Stored(edit_header(path, **header) if header else path, volume, at)
 
     return write
+
+
+def _renamed(name: str, wrong: str) -> Callable[[Path], Stored]:
+    return lambda folder: Stored(write_nifti(folder / name).rename(folder / wrong), head(), affine())
 
 
 def _odd_dicom(method: str) -> Callable[[Path], Stored]:
@@ -505,6 +510,12 @@ ODD_VOLUMES: dict[str, Callable[[Path], Stored]] = {
     "big-endian": _big_endian,
     "scl_slope and scl_inter": _odd(dtype=np.int16, slope=0.5, inter=-100),
     "a fourth axis of one": lambda folder: Stored(write_nifti(folder / "odd.nii", head()[..., None]), head(), affine()),
+    "a fourth and a fifth axis of one": lambda folder: Stored(write_nifti(folder / "odd.nii", head()[..., None, None]), head(), affine()),
+    "gzip named .nii": _renamed("a.nii.gz", "odd.nii"),
+    "plain NIfTI named .nii.gz": _renamed("a.nii", "odd.nii.gz"),
+    "gzip named .Nii": _renamed("a.nii.gz", "odd.Nii"),
+    "an unknown unit of length": _odd(header={"xyzt_units": 5}),
+    "a qform that is no rotation": _odd(header={"qform_code": 1, "quatern_b": 2, "quatern_c": 2, "quatern_d": 2}),
     "sagittal, oblique": _odd(to_world=affine((1, 1, 2), (12, -7, 20)), axcodes="PIR"),
     "only a qform": _odd(header={"sform_code": 0, "qform_code": 1}),
     # NIfTI then has the first axis run to the left, and the origin in the centre

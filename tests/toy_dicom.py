@@ -186,6 +186,27 @@ def _bad(write: Callable[[Path], Path]) -> Callable[[Path], Path]:
     return lambda folder: write(folder / "bad series")
 
 
+def _padded(value: int, photometric: str = "MONOCHROME2") -> Callable[[Dataset, int], None]:
+    """Rows of padding at the top of each slice, which are told by PixelPaddingValue."""
+
+    def change(ds: Dataset, number: int) -> None:
+        array = toy.head()[..., number].T
+        array = array if photometric == "MONOCHROME2" else toy.head().max() - array
+        array[:3] = value
+        ds.PhotometricInterpretation, ds.PixelRepresentation = photometric, int(value < 0)
+        ds.add_new("PixelPaddingValue", "SS" if value < 0 else "US", value)
+        ds.PixelData = array.astype("<i2" if value < 0 else "<u2").tobytes()
+
+    return change
+
+
+def _stored_again(folder: Path) -> Path:
+    ds = pydicom.dcmread(folder / "slice003.dcm")
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    ds.save_as(folder / "again.dcm")
+    return folder
+
+
 def _one_uid(ds: Dataset, number: int) -> None:
     """An anonymiser gave all slices one SOPInstanceUID, and a scanner went over one place twice."""
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
@@ -197,6 +218,7 @@ def _mixed_photometry(ds: Dataset, number: int) -> None:
 
 
 SLOPES = [(0.5, -10.0), (1.0, 0.0), (0.25, 7.5), (2.0, 0.0), (0.1, 0.0), (1.5, -3.0)]
+PADDED = toy.head() * (np.arange(36) >= 3)[:, None]
 ENHANCED = np.stack([np.rint((toy.head()[..., n] - b) / a) * a + b for n, (a, b) in enumerate(SLOPES)], -1)
 
 ODD_VOLUMES: dict[str, Callable[[Path], Stored]] = {
@@ -209,6 +231,11 @@ ODD_VOLUMES: dict[str, Callable[[Path], Stored]] = {
     "DICOM: a screenshot, a presentation state and an index among the slices": _odd(lambda f: add_screenshot(series(f))),
     "DICOM: RescaleSlope 1, then fractions": _odd(lambda f: series(f, _whole_then_fraction), toy.head() * (1 + np.arange(6) / 8)),
     "DICOM: MONOCHROME1": _odd(lambda f: series(f, _invert)),
+    "DICOM: files named .img": _odd(lambda f: rename(series(f), lambda ds, n: f"{n}.img")),
+    "DICOM: padding of 65535": _odd(lambda f: series(f, _padded(65535)), PADDED),
+    "DICOM: padding of -32768": _odd(lambda f: series(f, _padded(-32768)), PADDED),
+    "DICOM: padding of 65535, MONOCHROME1": _odd(lambda f: series(f, _padded(65535, "MONOCHROME1")), PADDED),
+    "DICOM: a slice stored again under another UID": _odd(lambda f: _stored_again(series(f))),
     "DICOM: 12 bits, an overlay in the others": _odd(lambda f: series(f, _overlay)),
     "DICOM: a Siemens mosaic": _odd(lambda f: mosaic(series(f))),
     "DICOM, enhanced: frames in no order": _odd(lambda f: toy.enhance_dicom(series(f), [0, 2, 4, 1, 3, 5])),

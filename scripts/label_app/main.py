@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -159,23 +160,31 @@ class SuperResolution(InferTask):
                 options = self.options_of(request)
                 if self.get_path() is not None:
                     options["checkpoint"] = self.get_path()
-                run(
-                    config_file=[str(CONFIGS / "inference.json"), *self.overlays],
-                    meta_file=str(CONFIGS / "metadata.json"),
-                    logging_file=False,  # the server's stays
-                    dataset_dir=volumes[0],
-                    output_dir=folder,
-                    device=device_of(request),
-                    dicom=extension == ".zip",
-                    **options,
-                )
-                if extension == ".zip":
-                    return zipped(Path(folder), request["image"]), {"label_names": {}, **options}
+                notes = BufferingHandler(sys.maxsize)
+                logging.getLogger("bundle").addHandler(notes)
+                try:
+                    run(
+                        config_file=[str(CONFIGS / "inference.json"), *self.overlays],
+                        meta_file=str(CONFIGS / "metadata.json"),
+                        logging_file=False,  # the server's stays
+                        dataset_dir=volumes[0],
+                        output_dir=folder,
+                        device=device_of(request),
+                        dicom=extension == ".zip",
+                        **options,
+                    )
+                finally:
+                    logging.getLogger("bundle").removeHandler(notes)
                 options.pop("checkpoint", None)
-                (result,) = Path(folder).rglob("*_sr.nii.gz")
+                result = next(Path(folder).rglob("*_sr.nii.gz"), None)
+                if result is None:  # nothing to do is no failure: only the log says why
+                    lines = (record.getMessage() for record in notes.buffer)
+                    prefix = f"passed over: {volumes[0]}"
+                    raise InputError(next((line for line in lines if line.startswith(prefix)), prefix))
                 (report,) = Path(folder).rglob("*_sr.json")
                 warnings = json.loads(report.read_text(encoding="utf-8"))["warnings"]
-                return converted(result, extension), {"label_names": {}, **options, "warnings": warnings}
+                file = zipped(Path(folder), request["image"]) if extension == ".zip" else converted(result, extension)
+                return file, {"label_names": {}, **options, "warnings": warnings}
             except Exception as e:
                 raise HTTPException(422, failure_in(folder) or reason(e)) from e
 

@@ -102,6 +102,8 @@ class ForegroundInferer(SliceInferer):
         axis = self.spatial_dim + 2
         row_axis = 3 if axis == 2 else 2
         outputs = inputs.clone()
+        # meta data would be copied with every part
+        inputs, target = torch.as_tensor(inputs).as_subclass(Tensor), torch.as_tensor(outputs).as_subclass(Tensor)
 
         def window(n: int, rows: slice, columns: slice) -> list[slice]:
             across = [slice(None), slice(None), rows, columns]
@@ -115,7 +117,7 @@ class ForegroundInferer(SliceInferer):
             for kept, rows, columns in bands(box, self.margin, MAX_PIXELS):
                 part = whole[*window(0, rows, columns)]
                 result: Any = super().__call__(part, told(rows, columns), *args, **kwargs)
-                outputs[*window(n, kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
+                target[*window(n, kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
         release_freed_memory()
         return outputs
 

@@ -70,7 +70,7 @@ class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             info = self.pop_transform(d, key)["extra_info"]
-            d[key] = d[key] * info["scale"] + info["offset"] if info["offset"] else d[key] * info["scale"]
+            d[key].as_tensor().mul_(info["scale"]).add_(info["offset"])  # in place: results are the largest thing in memory
         return d
 
 
@@ -94,7 +94,7 @@ class ClipToInputRanged(MapTransform):
             bounds = d[key].meta.get("intensity_range")
             if self.clip and bounds is not None:
                 low, high = (float(b) for b in bounds)
-                d[key] = d[key].clamp(min(0.0, OVERSHOOT * low), max(0.0, OVERSHOOT * high))
+                d[key].as_tensor().clamp_(min(0.0, OVERSHOOT * low), max(0.0, OVERSHOOT * high))  # in place, as the scale before
         return d
 
 

@@ -275,6 +275,8 @@ def test_only_the_network_is_rounded():
     """What is measured of the volume, and told, is the same in every precision."""
     inputs, told = MetaTensor(volume(), meta={"factor": [2, 2]}), {"float32": [], "bfloat16": []}
     for precision, given in told.items():
-        ForegroundInferer(**WHOLE, positions=True, facts=True, precision=precision)(inputs, lambda x, given=given: given.append(x) or x[:, :1])
+        ForegroundInferer(**WHOLE, positions=True, facts=True, precision=precision)(
+            inputs, lambda x, given=given: given.append(x) or x[:, :1]
+        )
     assert len(told["float32"]) == 3
     assert all(torch.equal(a, b) for a, b in zip(*told.values()))

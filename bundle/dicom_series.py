@@ -20,8 +20,6 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from pydicom import DataElement, config
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.sr.codedict import codes
-from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 from pydicom.valuerep import DSfloat, validate_value
 
@@ -210,10 +208,10 @@ def _common(source: Slice, image: MetaTensor, settings: dict, uids: Sequence[str
     ds.DerivationDescription = (
         f"{RESULT_MARK} {version()}, factors {factors or 'unknown'}. What the network adds is likely, not measured. Not for diagnosis."
     )
-    ds.DerivationCodeSequence = [_code(codes.DCM.SpatialResampling)]
+    ds.DerivationCodeSequence = [_code("SpatialResampling")]
     ds.BurnedInAnnotation = "NO"
     equipment = Dataset()
-    equipment.PurposeOfReferenceCodeSequence = [_code(codes.DCM.ProcessingEquipment)]
+    equipment.PurposeOfReferenceCodeSequence = [_code("ProcessingEquipment")]
     equipment.Manufacturer, equipment.ManufacturerModelName, equipment.SoftwareVersions = NAME, NAME, version()
     equipment.ContributionDescription = "Super-resolution by a neural network"
     ds.ContributingEquipmentSequence = [equipment]
@@ -264,12 +262,15 @@ def _reference(source: Slice) -> Dataset:
     ds.ReferencedSOPClassUID, ds.ReferencedSOPInstanceUID = source.sop_class, source.uid
     if source.frame is not None and not source.tiles:
         ds.ReferencedFrameNumber = source.frame + 1
-    ds.PurposeOfReferenceCodeSequence = [_code(codes.DCM.SourceImageForImageProcessingOperation)]
+    ds.PurposeOfReferenceCodeSequence = [_code("SourceImageForImageProcessingOperation")]
     return ds
 
 
-def _code(code: Code) -> Dataset:
-    ds = Dataset()
+def _code(keyword: str) -> Dataset:
+    """A code of DICOM's own scheme."""
+    from pydicom.sr.codedict import codes  # takes a tenth of a second, which runs without DICOM need not spend
+
+    code, ds = getattr(codes.DCM, keyword), Dataset()
     ds.CodeValue, ds.CodingSchemeDesignator, ds.CodeMeaning = code.value, code.scheme_designator, code.meaning
     return ds
 

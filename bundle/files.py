@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
+
 from .dicom import files_of
 from .errors import InputError
 from .headers import companions, file_format
 
-__all__ = ["fingerprint", "sha256", "write_atomically", "write_json"]
+__all__ = ["fingerprint", "save_nifti", "sha256", "write_atomically", "write_json"]
 
 DAY = 24 * 60 * 60  # seconds
 
@@ -40,6 +42,18 @@ def sha256(path: str | Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+
+
+def save_nifti(image: nib.Nifti1Image, path: Path) -> None:
+    """Write a ``.nii.gz``: by ``isal`` where it is installed, which compresses ten times as fast as zlib does; equal images give equal
+    bytes."""
+    try:
+        from isal.igzip import IGzipFile
+    except ImportError:
+        image.to_filename(path)
+        return
+    with path.open("wb") as file, IGzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0) as stream:
+        image.to_stream(stream)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -180,7 +180,9 @@ def _refined(image: MetaTensor, factors: Sequence[float], mode: str) -> MetaTens
     voxels = image.as_tensor()
     if len(factors) > 2:  # first along the thick axis
         voxels = interpolate_slices(voxels, factors[2], refined_size(voxels.shape[-1], factors[2]))
-    voxels = upsample(voxels.movedim(-1, 0), factors[:2], mode).movedim(0, -1).contiguous()
+    voxels = upsample(voxels.movedim(-1, 0), factors[:2], mode).movedim(0, -1)
+    if len(factors) > 2:  # without a third factor only axial slices are looked at, which lie one after the other in memory now
+        voxels = voxels.contiguous()
     step = torch.ones(4, dtype=torch.float64)
     step[: len(factors)] /= torch.tensor(factors, dtype=torch.float64)
     to_input = torch.diag(step)

@@ -108,7 +108,10 @@ class ForegroundInferer(SliceInferer):
         row_axis = 3 if axis == 2 else 2
         sides = [side for n, side in enumerate(inputs.shape[2:]) if n != self.spatial_dim]
         every = slice(0, sides[0]), slice(0, sides[1])
+        factors = self._factors(inputs)[0] if self.denoise < 1 else ()
         outputs = inputs.clone()
+        # meta data would be copied with every part
+        inputs, target = torch.as_tensor(inputs).as_subclass(Tensor), torch.as_tensor(outputs).as_subclass(Tensor)
 
         def window(n: int, rows: slice, columns: slice) -> list[slice]:
             across = [slice(None), slice(None), rows, columns]
@@ -122,11 +125,11 @@ class ForegroundInferer(SliceInferer):
             for kept, rows, columns in bands(box, self.margin, MAX_PIXELS) if self.skip_background else [(box[0], *box)]:
                 part = told(whole[*window(0, rows, columns)], rows, columns)
                 result: Any = super().__call__(part, network, *args, **kwargs)
-                outputs[*window(n, kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
+                target[*window(n, kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
             if self.denoise < 1:
-                before, after = (torch.as_tensor(v.narrow(axis, n, 1)).movedim(axis, 0) for v in (inputs, outputs))
-                mixed = with_measured_kspace(after, before, self._factors(inputs)[0], 1 - self.denoise, self.interpolation)
-                outputs[*window(n, *every)] = mixed.movedim(0, axis)
+                before, after = (v.narrow(axis, n, 1).movedim(axis, 0) for v in (inputs, target))
+                mixed = with_measured_kspace(after, before, factors, 1 - self.denoise, self.interpolation)
+                target[*window(n, *every)] = mixed.movedim(0, axis)
         release_freed_memory()
         return outputs
 

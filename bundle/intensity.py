@@ -71,7 +71,7 @@ class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             info = self.pop_transform(d, key)["extra_info"]
-            d[key] = d[key] * info["scale"] + info["offset"] if info["offset"] else d[key] * info["scale"]
+            d[key].as_tensor().mul_(info["scale"]).add_(info["offset"])  # in place: results are the largest thing in memory
         return d
 
 
@@ -98,9 +98,8 @@ class ClipToInputRanged(MapTransform):
                 low, high = min(0.0, OVERSHOOT * float(bounds[0])), max(0.0, OVERSHOOT * float(bounds[1]))
                 if self.scaled:
                     zero, unit = float(d[key].meta["zero_intensity"]), float(d[key].meta["unit_intensity"])
-                    d[key].clamp_((low - zero) / unit, (high - zero) / unit)
-                else:
-                    d[key] = d[key].clamp(low, high)
+                    low, high = (low - zero) / unit, (high - zero) / unit
+                d[key].as_tensor().clamp_(low, high)  # in place, as the scale before
         return d
 
 

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .arguments import paths
 from .dicom import is_dicom_volume
 from .errors import switch
 from .figures import Panel, save_panels
-from .files import fingerprint, sha256, write_atomically, write_json
+from .files import fingerprint, save_nifti, sha256, write_atomically, write_json
 from .grid import oriented
 from .headers import RESULT_MARK, bids_root, file_format, sidecar, strip_extension
 from .ranges import compare, describe, read_ranges
@@ -231,8 +232,10 @@ class Consistencyd(MapTransform):
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         before = torch.as_tensor(data[self.input_key]).float().cpu().movedim(-1, 0)
         # hot spots would outweigh everything else: they do not count, nor does what interpolation makes of them around
-        ordinary = torch.nn.functional.max_pool2d(before.abs(), 11, 1, 5) <= HOT
-        ordinary = ordinary if ordinary.any() else torch.ones_like(ordinary)
+        ordinary = torch.ones_like(before, dtype=torch.bool)
+        if float(before.abs().max()) > HOT:
+            away = torch.nn.functional.max_pool2d(before.abs(), 11, 1, 5) <= HOT
+            ordinary = away if away.any() else ordinary
         factors = [float(f) for f in data[self.keys[0]].meta["factor"]]
         values = {}
         for name, key in zip(("interpolated", "result"), self.keys):
@@ -278,7 +281,7 @@ class SaveVolumed(MapTransform):
             unit = image.meta.get("unit", "mm")
             volume.header.set_xyzt_units("mm" if unit == "unknown" else unit)
             volume.header["descrip"] = RESULT_MARK
-            self.results.write(name_of(image), "_sr.nii.gz", volume.to_filename)
+            self.results.write(name_of(image), "_sr.nii.gz", partial(save_nifti, volume))
         return data
 
 

@@ -1,7 +1,7 @@
 """Measure speed and memory on this machine: one kind of measurement per call, medians of several runs, ratios from the same run.
 
-Without one of --inference, --whole, --training and --growth: the convolution algorithms. Prints Markdown, adds the figures to a JSON
-file and, with --page, writes all that is in it into a page (docs/performance.md).
+Without one of --inference, --whole, --training, --growth and --all: the convolution algorithms. Prints Markdown, adds the figures to a
+JSON file, whose other rows stay, and, with --page, writes all that is in it into a page (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -42,21 +42,45 @@ from bundle.resampling import degrade
 from bundle.subjects import find_volumes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SLICES = (4, 8, 16)  # of 256 x 256 output pixels
-SIDES = (128, 256, 384, 512)  # output pixels, 4 slices
-VOLUMES = (1, 2, 4)  # of 4 slices of 256 x 256 output pixels, by 1 process
-PROCESSES = (1, 2)  # for 4 such volumes
+NAIVE = ["--precision", "float32", "--skip_background", "false"]
 WHOLE = {  # network -> overlays and options of a whole run
     "bicubic": ([], ["--network_def", '{"_target_": "torch.nn.Identity"}', "--load_weights", "false"]),
     "fast": (["networks/fast"], []),
+    "general": (["general"], []),
+    "general, naive": (["general"], NAIVE),
     "the paper's": ([], []),
 }
-MANY_SLICES = (4, 64, 256)  # of 512 x 512 output pixels, anatomy in 4: time is of no interest there, memory is
+SMALL = dict(side=48, slices=2)
+GROWTH = {  # kind -> numbers, and arguments of the runs: of 4 slices of 256 x 256 output pixels, 1 volume, 1 process
+    "start": {f"python -m {program}": dict(**SMALL, program=program) for program in ("monai.bundle", "bundle")},
+    "small volumes": {n: dict(**SMALL, volumes=n) for n in (1, 20)},
+    "slices": {n: dict(slices=n) for n in (4, 8, 16)},
+    "side": {n: dict(side=n) for n in (128, 256, 384, 512)},
+    "volumes": {n: dict(volumes=n) for n in (1, 2, 4)},
+    "processes": {n: dict(volumes=4, processes=n) for n in (1, 2)},
+    "slices of 512 x 512, anatomy in 4": {n: dict(slices=n, side=512, filled=4) for n in (4, 64, 256, 1024)},  # for the memory
+}
+ALL = [  # what the page holds
+    ["--repeats", "3"],
+    *(
+        ["--inference", f"{{data}}/{volume}", "--slices", "4", "--repeats", "3"]
+        for volume in ("brats2018/Brats18_TCIA01_201_1_t1ce.nii.gz", "ds002748/sub-21.nii.gz", "dicom_t1")
+    ),
+    ["--whole", "head", "--networks", "bicubic", "fast", "general", "general, naive", "--repeats", "3"],
+    ["--whole", "{data}/ds002748/sub-21.nii.gz", "--repeats", "1"],
+    ["--training", "{data}/ds002748", "--repeats", "3"],
+    ["--growth", "--repeats", "3"],
+]
 
 
-def main() -> None:
-    given = arguments()
-    measure = next((f for option, f in MEASUREMENTS.items() if getattr(given, option)), measure_convolutions)
+def main(words: list[str] | None = None) -> None:
+    given = arguments(words)
+    if given.all:
+        for part in ALL:
+            shared = ["--json", str(given.json), *(["--page", str(given.page)] if given.page else [])]
+            main([word.format(data=given.all) for word in part] + shared)
+        return
+    measure = next((f for option, f in MEASUREMENTS.items() if getattr(given, option) not in (None, False)), measure_convolutions)
     kind = measure.__name__.removeprefix("measure_")
     known = json.loads(given.json.read_text()) if given.json.exists() else {}
     result = {"machine": machine(), "repeats": given.repeats, **measure(given)}
@@ -65,6 +89,9 @@ def main() -> None:
         before = known.get(kind, {}).get(result["volume"], {})
         if all(before.get(key) == result[key] for key in ("side", "scale")):
             result["rows"] = {**before["rows"], **result["rows"]}
+    if kind == "growth":
+        kept = [row for row in known.get(kind, {}).get("rows", []) if row["of"] not in {row["of"] for row in result["rows"]}]
+        result["rows"] = sorted(result["rows"] + kept, key=lambda row: list(GROWTH).index(row["of"]))
     # several volumes stand side by side, all else is measured anew
     known[kind] = {**known.get(kind, {}), **section} if "volume" in result else section
     write_json(given.json, known)
@@ -73,7 +100,7 @@ def main() -> None:
         write_page(given.page, known)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--inference", metavar="VOLUME", help="degrade this volume, super-resolve it the naive and the fast way, compare")
@@ -81,7 +108,8 @@ def arguments() -> argparse.Namespace:
         "--whole", metavar="VOLUME", help="refine this volume, conformed to voxels of 1 mm, file to file; 'head' makes one up"
     )
     kind.add_argument("--training", metavar="FOLDER", help="training steps on these volumes, with and without loading data")
-    kind.add_argument("--growth", action="store_true", help="time and memory against slices, their size, volumes and processes")
+    kind.add_argument("--growth", nargs="*", metavar="KIND", help=f"time and memory against these, or all: {', '.join(GROWTH)}")
+    kind.add_argument("--all", metavar="DATA", help="everything that stands in docs/performance.md, of the data sets in this folder")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement, after one to warm up; whole, growth: after none")
     parser.add_argument("--json", type=Path, default=Path("output/benchmark.json"), help="file that the figures are added to")
     parser.add_argument("--page", type=Path, help="page whose tables are written anew from the JSON file")
@@ -94,7 +122,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64, help="patches of 31 x 31 in a training step")
     parser.add_argument("--slice", type=int, nargs=2, default=(184, 208), metavar=("X", "Y"), help="convolutions: pixels of the slice")
     parser.add_argument("--features", type=int, default=128, help="convolutions: width of the network")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
+    if unknown := set(given.growth or ()) - set(GROWTH):
+        parser.error(f"--growth knows {', '.join(GROWTH)}, not {', '.join(sorted(unknown))}")
     if given.repeats < 1 or given.slices < 0 or given.batch_size < 1:
         parser.error("--repeats and --batch_size must be positive, --slices not negative")
     return given
@@ -115,8 +145,19 @@ def measure_convolutions(given: argparse.Namespace) -> dict:
         network = prepare(MultiScaleResidualNet(features=given.features), device, fft_convolutions=fft)
         step = median_seconds(training_step(network, given.batch_size, device, AutocastInferer(precision)), given.repeats)
         slice_ = median_seconds(inference(in_precision(network, precision), given.slice, device), given.repeats)
-        rows[title] = {"patches_per_second": given.batch_size / step, "seconds_per_slice": slice_}
+        peak, flops = convolution_peak(device, given.repeats, precision), flops_of(given.features, given.slice)
+        rows[title] = {
+            "patches_per_second": given.batch_size / step, "seconds_per_slice": slice_,
+            "peak_gflops": peak / 1e9, "fraction_of_peak": flops / slice_ / peak,
+        }  # fmt: skip
     return {"features": given.features, "batch_size": given.batch_size, "slice": list(given.slice), "rows": rows}
+
+
+def flops_of(features: int, size: tuple[int, int]) -> int:
+    """Floating-point operations of the network on one slice, counted for direct convolutions, whatever algorithm computes them."""
+    with FlopCounterMode(display=False) as counter:
+        MultiScaleResidualNet(features).to("meta")(torch.empty(1, 1, *size, device="meta"))
+    return counter.get_total_flops()
 
 
 def training_step(network: nn.Module, batch_size: int, device: torch.device, inferer: Inferer) -> Callable[[], None]:
@@ -174,7 +215,8 @@ def measure_inference(given: argparse.Namespace) -> dict:
     return {
         "volume": Path(given.inference).name, "shape": list(truth.shape[1:3]), "slices": count, "of": depth, "scale": given.scale,
         "seconds": times, "ratio": times["naive"] / times["fast"], "psnr": psnr, "difference_db": psnr["fast"] - psnr["naive"],
-        "largest_difference": float((results["fast"] - results["naive"]).abs().max()), "computed_in": ways["fast"].get_parsed_content("computed_in"),
+        "largest_difference": float((results["fast"] - results["naive"]).abs().max()),
+        "computed_in": ways["fast"].get_parsed_content("computed_in"),
         "network": type(ways["fast"].get_parsed_content("network_def")).__name__, "margin": infer_margin(ways["fast"]),
     }  # fmt: skip
 
@@ -219,8 +261,8 @@ def measure_whole(given: argparse.Namespace) -> dict:
             files = [str(CONFIGS / f"{overlay}.json") for overlay in ("inference", *overlays)]
             options = ["--scale", str(given.scale), "--overwrite", "true", *options]
             measured = [timed_run(files, str(volume), f"{folder}/out", options) for _ in range(given.repeats)]
-            rows[network] = [statistics.median(m[i] for m in measured) for i in (0, 1)]
-            print(f"{name}, {network}: {rows[network][0]:.1f} s, {rows[network][1]:.2f} GB", flush=True)
+            rows[network] = dict(zip(("seconds", "gigabytes", "cpu_seconds"), map(statistics.median, zip(*measured))))
+            print(f"{name}, {network}: {rows[network]}", flush=True)
     return {"volume": name, "side": given.side, "scale": given.scale, "rows": rows}
 
 
@@ -237,8 +279,8 @@ def made_up_head(side: int) -> nib.Nifti1Image:
 
 def measure_training(given: argparse.Namespace) -> dict:
     parser = parsed("train", given, dataset_dir=given.training, batch_size=given.batch_size, patches_per_volume=4 * given.batch_size)
-    keys = ("device", "network", "loss", "optimizer", "train::inferer")
-    device, network, loss, optimizer, inferer = (parser.get_parsed_content(key) for key in keys)
+    keys = ("device", "network", "loss", "optimizer", "train::inferer", "computed_in")
+    device, network, loss, optimizer, inferer, computed_in = (parser.get_parsed_content(key) for key in keys)
     network.train()
     loader = parser.get_parsed_content("train::dataloader")
 
@@ -267,22 +309,23 @@ def measure_training(given: argparse.Namespace) -> dict:
     with FlopCounterMode(display=False) as counter:  # of the direct convolutions, whatever algorithm computes them
         plain(torch.empty(1, 1, *x.shape[-2:], device="meta")).sum().backward()
     flops = counter.get_total_flops()
-    peak = convolution_peak(device, given.repeats)
+    peak = convolution_peak(device, given.repeats, computed_in)
     return {
         "batch_size": given.batch_size, "patches_per_second": rates, "pipeline": rates["with data"] / rates["bare"],
         "gflops_per_patch": flops / 1e9, "peak_gflops": peak / 1e9, "fraction_of_peak": rates["bare"] * flops / peak,
-        "network": type(plain).__name__,
+        "network": type(plain).__name__, "computed_in": computed_in,
     }  # fmt: skip
 
 
-def convolution_peak(device: torch.device, repeats: int) -> float:
-    """Floating-point operations per second of the best direct float32 convolution: 128 channels, batch 16 of 62 x 62, kernels 3 to 7."""
+def convolution_peak(device: torch.device, repeats: int, precision: str = "float32") -> float:
+    """Floating-point operations per second of the best direct convolution: 128 channels, batch 16 of 62 x 62, kernels 3 to 7."""
     x = torch.rand(16, 128, 62, 62, device=device)
     best = 0.0
     for kernel in (3, 5, 7):
         convolution = nn.Conv2d(128, 128, kernel, padding=kernel // 2, device=device)
+        rounded = in_precision(convolution, precision)
         with torch.inference_mode():
-            duration = median_seconds(lambda c=convolution: c(x), repeats)
+            duration = median_seconds(lambda c=rounded: c(x), repeats)
         best = max(best, 2 * x.numel() * 128 * kernel**2 / duration)
     return best
 
@@ -292,36 +335,40 @@ def convolution_peak(device: torch.device, repeats: int) -> float:
 
 def measure_growth(given: argparse.Namespace) -> dict:
     """Times and peaks of whole runs of ``configs/inference.json``, the start of Python and of the libraries included."""
-    runs = [("slices", n, dict(slices=n)) for n in SLICES]
-    runs += [("side", n, dict(side=n)) for n in SIDES]
-    runs += [("volumes", n, dict(volumes=n)) for n in VOLUMES]
-    runs += [("processes", n, dict(volumes=VOLUMES[-1], processes=n)) for n in PROCESSES]
-    runs += [("slices of 512 x 512, anatomy in 4", n, dict(slices=n, side=512, filled=4)) for n in MANY_SLICES]
     rows = []
-    for kind, n, options in runs:
-        measured = [whole_run(given, **options) for _ in range(given.repeats)]
-        seconds, gigabytes = (statistics.median(m[i] for m in measured) for i in (0, 1))
-        rows.append({"of": kind, "number": n, "seconds": seconds, "gigabytes": gigabytes})
-        print(f"{kind} {n}: {seconds:.1f} s, {gigabytes:.2f} GB", flush=True)
+    for kind in given.growth or GROWTH:
+        for n, options in GROWTH[kind].items():
+            measured = [whole_run(given, **options) for _ in range(given.repeats)]
+            seconds, gigabytes, cpu = map(statistics.median, zip(*measured))
+            rows.append({"of": kind, "number": n, "seconds": seconds, "gigabytes": gigabytes, "cpu_seconds": cpu})
+            print(f"{kind} {n}: {seconds:.1f} s, {cpu:.1f} CPU s, {gigabytes:.2f} GB", flush=True)
     return {"rows": rows}
 
 
 def whole_run(
-    given: argparse.Namespace, slices: int = 4, side: int = 256, volumes: int = 1, processes: int = 1, filled: int | None = None
-) -> tuple[float, float]:
-    """Seconds, and the peak memory of the largest process in GB (10^9 bytes)."""
+    given: argparse.Namespace,
+    slices: int = 4,
+    side: int = 256,
+    volumes: int = 1,
+    processes: int = 1,
+    filled: int | None = None,
+    program: str = "monai.bundle",
+) -> tuple[float, float, float]:
+    """Seconds, the peak memory of the largest process in GB (10^9 bytes), and the seconds of all processors."""
     with tempfile.TemporaryDirectory() as folder:
         for n in range(volumes):
             nib.Nifti1Image(head(side // 2, slices, filled or slices), np.eye(4)).to_filename(Path(folder, f"{n}.nii"))
         configs = ["inference", *(["multi_gpu_inference"] if processes > 1 else [])]
         files = [str(CONFIGS / f"{name}.json") for name in configs] + given.overlay
         options = ["--checkpoint", given.checkpoint] if given.checkpoint else []
-        return timed_run(files, folder, f"{folder}/out", options, processes)
+        return timed_run(files, folder, f"{folder}/out", options, processes, program)
 
 
-def timed_run(files: list[str], volumes: str, output_dir: str, options: list[str], processes: int = 1) -> tuple[float, float]:
+def timed_run(
+    files: list[str], volumes: str, output_dir: str, options: list[str], processes: int = 1, program: str = "monai.bundle"
+) -> tuple[float, float, float]:
     launcher = ["torch.distributed.run", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
-    command = [sys.executable, "-m", *launcher, "monai.bundle", "run", "--config_file", str(files), "--dataset_dir", volumes]
+    command = [sys.executable, "-m", *launcher, program, "run", "--config_file", str(files), "--dataset_dir", volumes]
     command += ["--output_dir", output_dir, *options]
     threads = str(max(1, torch.get_num_threads() // processes))
     started = time.perf_counter()
@@ -333,7 +380,7 @@ def timed_run(files: list[str], volumes: str, output_dir: str, options: list[str
             log.seek(0)
             raise RuntimeError(f"{' '.join(command)} failed:\n{log.read().decode()[-2000:]}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return time.perf_counter() - started, usage.ru_maxrss * unit / 1e9
+    return time.perf_counter() - started, usage.ru_maxrss * unit / 1e9, usage.ru_utime + usage.ru_stime
 
 
 def head(side: int, slices: int, filled: int) -> np.ndarray:
@@ -389,13 +436,19 @@ def markdown(kind: str, section: dict) -> str:
     return "\n".join(lines)
 
 
+PEAKS = {"direct": "float32", "direct, bfloat16": "bfloat16"}
+
+
 def convolutions_table(section: dict) -> Iterator[str]:
-    yield "| convolutions | training, patches/s | times direct | inference, s per slice | times direct |\n|---|---|---|---|---|"
+    yield "| convolutions | training, patches/s | times direct | inference, s per slice | times direct | fraction of the peak |"
+    yield "|---|---|---|---|---|---|"
     direct = section["rows"]["direct"]
     for title, row in section["rows"].items():
         patches, seconds = row["patches_per_second"], row["seconds_per_slice"]
-        cells = f"| {title} | {patches:.2f} | {patches / direct['patches_per_second']:.2f} |"
-        yield cells + (f" {seconds:.2f} | {direct['seconds_per_slice'] / seconds:.2f} |" if seconds else " | |")
+        ratios = f"{patches / direct['patches_per_second']:.2f}", f"{direct['seconds_per_slice'] / seconds:.2f}"
+        yield f"| {title} | {patches:.2f} | {ratios[0]} | {seconds:.2f} | {ratios[1]} | {row['fraction_of_peak']:.2f} |"
+    peaks = (f"{section['rows'][name]['peak_gflops']:.0f} GFLOP/s in {of}" for name, of in PEAKS.items())
+    yield f"\nThe peak is that of the best single convolution: {', '.join(peaks)}; operations are counted for direct convolutions."
     sizes = f"width {section['features']}, batch {section['batch_size']}, slices of {section['slice'][0]} x {section['slice'][1]}"
     yield f"\n{sizes}, float32 where nothing else is said; {footer(section)}"
 
@@ -413,10 +466,11 @@ def inference_table(sections: dict) -> Iterator[str]:
 
 
 def whole_table(sections: dict) -> Iterator[str]:
-    yield "| volume | network | seconds | peak memory, GB |\n|---|---|---|---|"
+    yield "| volume | network | seconds | of all processors | peak memory, GB |\n|---|---|---|---|---|"
     for s in sections.values():
-        for network, (seconds, gigabytes) in s["rows"].items():
-            yield f"| {s['volume']} | {network} | {seconds:.1f} | {gigabytes:.2f} |"
+        for network in (name for name in WHOLE if name in s["rows"]):
+            row = s["rows"][network]
+            yield f"| {s['volume']} | {network} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | {row['gigabytes']:.2f} |"
     for s in sections.values():
         yield f"\n{s['volume']}: {s['side']} voxels along each axis, factor {s['scale']}; {footer(s)}"
 
@@ -430,14 +484,14 @@ def training_table(s: dict) -> Iterator[str]:
     yield f"\nThe pipeline leaves {100 * s['pipeline']:.1f} % of the bare step's speed. The step does"
     yield f"{s['gflops_per_patch']:.1f} GFLOP per patch, counted for direct convolutions:"
     yield f"{100 * s['fraction_of_peak']:.0f} % of the peak that this machine reached in a convolution,"
-    yield f"{s['peak_gflops']:.0f} GFLOP/s."
+    yield f"{s['peak_gflops']:.0f} GFLOP/s in {s['computed_in']}."
     yield f"\n{s['network']}, batch {s['batch_size']}; {footer(s)}"
 
 
 def growth_table(section: dict) -> Iterator[str]:
-    yield "| of | number | seconds | peak memory, GB |\n|---|---|---|---|"
+    yield "| of | number | seconds | of all processors | peak memory, GB |\n|---|---|---|---|---|"
     for row in section["rows"]:
-        yield f"| {row['of']} | {row['number']} | {row['seconds']:.1f} | {row['gigabytes']:.2f} |"
+        yield f"| {row['of']} | {row['number']} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | {row['gigabytes']:.2f} |"
     yield "\n4 slices of 256 x 256 output pixels, 1 volume, 1 process where nothing else is said; memory of the largest process;"
     yield footer(section)
 
@@ -447,7 +501,7 @@ def footer(section: dict) -> str:
 
 
 def draw_growth(section: dict, path: Path) -> None:
-    kinds = list(dict.fromkeys(row["of"] for row in section["rows"]))
+    kinds = [kind for kind in dict.fromkeys(row["of"] for row in section["rows"]) if kind != "start"]
     figure = Figure(figsize=(3 * len(kinds), 5), layout="constrained")
     for column, kind in enumerate(kinds):
         rows = [row for row in section["rows"] if row["of"] == kind]

@@ -1,3 +1,4 @@
+import gzip
 import os
 import platform
 import subprocess
@@ -5,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from PIL import Image
 
 from bundle.errors import InputError, full_disk, reason
 from bundle.figures import Panel, save_panels
-from bundle.files import fingerprint, write_atomically, write_json
+from bundle.files import fingerprint, save_nifti, write_atomically, write_json
 from bundle.results import Results
 
 
@@ -280,3 +282,21 @@ class TestSavePanels:
         halves = [(slice(n), slice(n, None)) for n in middle]
         upper_left, upper_right, lower_left, lower_right = (inside[a, b].mean() for a in halves[0] for b in halves[1])
         assert upper_left > 0.2 > max(upper_right, lower_left, lower_right)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_volume_is_written_whether_isal_is_there_or_not(fast, tmp_path, monkeypatch):
+    if fast:
+        pytest.importorskip("isal")
+    else:
+        monkeypatch.setitem(sys.modules, "isal.igzip", None)  # not importable
+    image = nib.Nifti1Image(toy.head(), toy.affine())
+    image.header["descrip"] = "kept"
+    for name in ("a.nii.gz", "b.nii.gz"):
+        save_nifti(image, tmp_path / name)
+    with gzip.open(tmp_path / "a.nii.gz") as stream:  # to the end: the checksum is right
+        assert len(stream.read()) == 352 + toy.head().nbytes
+    found = nib.load(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(found.get_fdata(dtype=np.float32), toy.head())
+    assert np.array_equal(found.affine, image.affine) and found.header["descrip"] == b"kept"
+    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()

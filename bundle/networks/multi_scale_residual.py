@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .initialization import start_at_zero
@@ -47,11 +48,18 @@ class MultiScaleResidualNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1, H, W) -> (N, 1, H, W)."""
-        shallow = self.extract(x)  # F_2
+        shallow = self._shallow(x)  # F_2
         deep = shallow
         for module in self.mapping:
             deep = module(deep) + shallow  # local residual learning, after every module
         return self.reconstruct(deep) + x  # global residual
+
+    def _shallow(self, x: Tensor) -> Tensor:
+        """In float32 even where the rest is in half precision: each module adds to it, and its rounding would cost up to 0.015 dB."""
+        if torch.jit.is_scripting():  # a script knows no autocast
+            return self.extract(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.extract(x.float())
 
 
 class MultiScaleResidualModule(nn.Module):

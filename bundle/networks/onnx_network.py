@@ -3,14 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from monai.utils import optional_import
 from torch import Tensor, nn
 
 from ..errors import InputError
 
 __all__ = ["OnnxNetwork"]
-
-onnxruntime, HAS_ONNXRUNTIME = optional_import("onnxruntime")
 
 
 class OnnxNetwork(nn.Module):
@@ -26,8 +23,10 @@ class OnnxNetwork(nn.Module):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
-        if not HAS_ONNXRUNTIME:
-            raise InputError(f"{path}: ONNX Runtime is needed to run it: pip install onnxruntime")
+        try:
+            import onnxruntime
+        except ImportError as e:
+            raise InputError(f"{path}: ONNX Runtime is needed to run it: pip install onnxruntime") from e
         if not Path(path).is_file():
             raise InputError(f"{path}: no such file; configs/export_onnx.json makes one")
         options = onnxruntime.SessionOptions()

@@ -31,6 +31,7 @@ __all__ = [
     "acquired_fraction",
     "alternate_brightness",
     "kspace_filter",
+    "sampled",
     "sampling_matrix",
 ]
 
@@ -114,9 +115,7 @@ class Acquisition:
         """
         random = random or np.random.default_rng()
         first = image.ndim - len(self.axes)
-        for axis, sampling in enumerate(self.axes, first):
-            if sampling.factor > 1:
-                image = _along(image, axis, sampling_matrix(image.shape[axis], sampling))
+        image = sampled(image, self.axes)
         if self.brightness:
             axis = first + max((n for n, s in enumerate(self.axes) if s.profile in ("gaussian", "box", "trapezoid")), default=0)
             gains = alternate_brightness(image.shape[axis], self.brightness, random).to(image)
@@ -134,6 +133,14 @@ class Acquisition:
         else:  # the paper's bicubic is no scanner: its overshoot is cut, as image files without negative values cut it
             magnitude = channels[0].clamp(min=0) if any(s.profile == "bicubic" for s in self.axes) else channels[0].abs()
         return (magnitude / self.step).round() * self.step if self.step else magnitude
+
+
+def sampled(image: Tensor, axes: Sequence[Sampling]) -> Tensor:
+    """An image sampled along its last axes, (..., n, ...) to (..., ceil(n / factor), ...): no noise, no magnitude, all of k-space."""
+    for axis, sampling in enumerate(axes, image.ndim - len(axes)):
+        if sampling.factor > 1:
+            image = _along(image, axis, sampling_matrix(image.shape[axis], sampling))
+    return image
 
 
 @functools.lru_cache(maxsize=64)

@@ -22,7 +22,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from . import version
-from .acquisition import acquired_fraction
+from .acquisition import Sampling, acquired_fraction, sampled
 from .arguments import paths
 from .dicom import is_dicom_volume
 from .errors import switch
@@ -32,7 +32,6 @@ from .grid import oriented
 from .headers import RESULT_MARK, bids_root, file_format, sidecar, strip_extension
 from .ranges import compare, describe, read_ranges
 from .report import Row, html_report
-from .resampling import acquire_slices, downsample
 from .transforms import name_of
 
 __all__ = ["CompareWithTrainingd", "Consistencyd", "Results", "SaveComparisond", "SaveHtmlReportd", "SaveReportd", "SaveVolumed"]
@@ -215,10 +214,11 @@ class CompareWithTrainingd(MapTransform):
 
 
 class Consistencyd(MapTransform):
-    """Degrade a result again and compare it with the input: what the network added should vanish.
+    """Acquire a result again and compare it with the input: what the network added should vanish.
 
-    Adds ``"consistency"`` to the sample: PSNR in dB of the degraded result and of the degraded interpolation; the peak is 1, the
-    intensity scale.
+    How the scan was acquired is not known. Of k-space truncation and the bicubic, Gaussian and box profiles, the one that fits best counts.
+    Adds ``"consistency"`` to the sample: PSNR in dB of the acquired result and of the acquired interpolation, the peak being 1, the
+    intensity scale; and ``"acquisition"``, the profile that fits.
 
     Args:
         keys: the interpolated input, with its ``meta["factor"]``, and the result (1, factor X, factor Y, Z).
@@ -237,18 +237,24 @@ class Consistencyd(MapTransform):
             away = torch.nn.functional.max_pool2d(before.abs(), 11, 1, 5) <= HOT
             ordinary = away if away.any() else ordinary
         factors = [float(f) for f in data[self.keys[0]].meta["factor"]]
-        values = {}
-        for name, key in zip(("interpolated", "result"), self.keys):
-            volume = data[key].as_tensor()
-            if len(factors) > 2:  # the slice profile is not known: a box, with the gap that the header tells
-                width = data[self.keys[0]].meta.get("slice_width") or 1.0
-                volume = acquire_slices(volume, factors[2], "box", max(0.0, 1 - width))
-            slices = volume.movedim(-1, 0)
-            squares = ((downsample(s.float().cpu(), factors[:2]) - b).square() for s, b in zip(slices, before))
-            error = sum(float(s[counts].sum()) for s, counts in zip(squares, ordinary))
-            values[name] = round(-10 * math.log10(max(error / int(ordinary.sum()), 1e-20)), 2)
-        logger.info("%s: degraded again, the result agrees with the input to %.2f dB", name_of(data[self.keys[-1]]), values["result"])
-        return {**data, "consistency": values}
+        width = min(data[self.keys[0]].meta.get("slice_width") or 1.0, 3.0)
+        some = torch.linspace(0, len(before) - 1, min(len(before), 8)).round().long().tolist()
+
+        def error(key: Hashable, profile: str, slices: Sequence[int]) -> float:
+            volume = data[key].as_tensor()[0]
+            if len(factors) > 2:
+                volume = sampled(volume, [Sampling(factors[2], profile, width)])
+            axes = [Sampling(factor, profile) for factor in factors[:2]]
+            squares = ((sampled(volume[..., n].float().cpu(), axes) - before[n]).square()[ordinary[n]] for n in slices)
+            return sum(float(s.sum()) for s in squares) / max(sum(int(ordinary[n].sum()) for n in slices), 1)
+
+        profiles = ("kspace", "bicubic", "gaussian", "box") if len(factors) == 2 else ("gaussian", "box")
+        fitting = min(profiles, key=lambda profile: error(self.keys[-1], profile, some))
+        errors = {name: error(key, fitting, range(len(before))) for name, key in zip(("interpolated", "result"), self.keys)}
+        values = {name: round(-10 * math.log10(max(e, 1e-20)), 2) for name, e in errors.items()}
+        name = name_of(data[self.keys[-1]])
+        logger.info("%s: acquired again (%s), the result agrees with the input to %.2f dB", name, fitting, values["result"])
+        return {**data, "consistency": values, "acquisition": fitting}
 
 
 class SaveVolumed(MapTransform):
@@ -376,6 +382,7 @@ class SaveReportd(MapTransform):
             "warnings": data["report"]["warnings"],
             "factor": [float(f) for f in image.meta["factor"]],
             "consistency_db": data["consistency"],
+            "fitting_acquisition": data["acquisition"],
             **{key: value for key, value in data["report"].items() if key != "warnings"},
             **self.results.bids_facts(volume),
             "settings": self.results.settings,

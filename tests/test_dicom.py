@@ -16,15 +16,18 @@ import pytest
 import torch
 import toy
 import toy_dicom
+from monai.data import MetaTensor
 from nibabel.nicom.dicomwrappers import wrapper_from_file
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from bundle.acquisition import Sampling, sampled
 from bundle.dicom import find_series, is_dicom
 from bundle.dicom_series import derived_series, write_folder
 from bundle.dicom_volume import load_series, write_file
 from bundle.errors import InputError, reason
 from bundle.files import fingerprint
+from bundle.grid import IsotropicFactorsd
 from bundle.loading import LoadVolumed
 from bundle.results import Consistencyd
 from bundle.subjects import find_volumes
@@ -178,18 +181,15 @@ class TestLoading:
         assert image.meta["remarks"] == "slices 1.6 mm thick lie 2 mm apart: a gap of 0.4 mm"
         np.testing.assert_allclose(image.affine, toy.affine() @ np.eye(4), atol=1e-5)
 
-    def test_gap_is_known_when_the_result_is_degraded_again(self, tmp_path):
-        folder = toy_dicom.series(tmp_path / "series", lambda ds, n: setattr(ds, "SliceThickness", "1.6"))
-        image = load(folder)
-        image.meta["factor"] = [1, 1, 2.0]
-        image.affine = image.affine @ np.diag([1, 1, 0.5, 1])  # two slices of each
-        finer = image.repeat_interleave(2, -1)
-        seen = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("bundle.results.acquire_slices", lambda *given: seen.append(given[1:]) or image.as_tensor())
-            finer.meta, finer.affine = image.meta, image.affine
-            Consistencyd(["image", "pred"])({"before": image.as_tensor(), "image": finer, "pred": finer})
-        assert seen == [(2.0, "box", pytest.approx(0.2))] * 2
+    def test_gap_is_known_when_the_result_is_acquired_again(self, tmp_path):
+        image = load(toy_dicom.series(tmp_path / "series", lambda ds, n: setattr(ds, "SliceThickness", "1.6")))
+        image = IsotropicFactorsd("image", spacing=1)({"image": image})["image"]
+        assert image.meta["slice_width"] == pytest.approx(0.8)  # slices 2 mm apart
+        truth = torch.rand(1, 12, 10, 24)
+        scan = sampled(truth[0], [Sampling(), Sampling(), Sampling(2, "box", 0.8)])
+        finer = MetaTensor(truth, meta={**image.meta, "factor": [1, 1, 2.0]})
+        found = Consistencyd(["image", "pred"])({"before": scan[None], "image": finer, "pred": finer})
+        assert (found["acquisition"], found["consistency"]["result"] > 80) == ("box", True)
 
     def test_one_file_stands_for_its_series(self, tmp_path):
         folder = toy.write_dicom(tmp_path / "series")

@@ -15,10 +15,10 @@ import torch
 from monai.data import MetaTensor
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
-from .dicom import Slice, passed_over, slices_of, volumes_in
+from .dicom import Slice, in_order, passed_over, slices_of, volumes_in
 from .errors import InputError
 
-__all__ = ["TO_RAS", "check_slices", "grid_of_series", "load_series", "write_file"]
+__all__ = ["TO_RAS", "check_slices", "grid_of_series", "load_series", "make_one_stack", "write_file"]
 
 TOLERANCE = 0.05  # of the slice distance: how far a slice may lie from its place on an even grid
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's coordinates grow to the left and to the back
@@ -138,6 +138,18 @@ def check_slices(series: str, slices: Sequence[Slice]) -> tuple[np.ndarray, floa
     to_lps[:3, 0], to_lps[:3, 1] = row * first.spacing[1], column / np.linalg.norm(column) * first.spacing[0]
     to_lps[:3, 2], to_lps[:3, 3] = normal * distance, positions[0]
     return TO_RAS @ to_lps, distance
+
+
+def make_one_stack(parts: Sequence[Sequence[Slice]]) -> bool:
+    """Whether slices of one series from several folders make up one volume together: they were filed apart. Copies do not."""
+    slices = in_order([slice_ for part in parts for slice_ in part])
+    if len({(s.size, s.component, tuple(np.round(s.orientation, 2))) for s in slices}) > 1:
+        return False
+    try:
+        check_slices("", slices)
+    except InputError:
+        return False
+    return True
 
 
 def _even_distance(series: str, slices: Sequence[Slice], positions: np.ndarray, normal: np.ndarray, in_plane: np.ndarray) -> float:

@@ -47,7 +47,8 @@ def load_series(path: str | Path) -> MetaTensor:
     planes = _Planes(str(source))
     slices, twins = _without_twins(slices, planes)
     if twins:
-        remarks.append(f"{len(twins)} slices are there twice, with the same pixels: left out ({', '.join(s.name for s in twins[:3])})")
+        names = ", ".join(s.name for s in twins[:3]) + (", ..." if len(twins) > 3 else "")
+        remarks.append(f"{len(twins)} slices stored again under another UID are left out ({names})")
     affine, distance = check_slices(str(source), slices)
     volume = np.empty((len(slices), *slices[0].size), np.float32)
     padding = np.zeros(volume.shape, bool)

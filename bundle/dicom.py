@@ -23,6 +23,7 @@ __all__ = [
     "find_dicom",
     "find_series",
     "header_of",
+    "in_order",
     "is_dicom",
     "is_dicom_volume",
     "passed_over",
@@ -298,7 +299,7 @@ def _parts(slices: list[Slice]) -> dict[str, list[Slice]]:
     several = [len({key[n] for key in groups}) > 1 for n in (0, 1)]
     for (size, number), group in groups.items():
         labels = [f"{size[1]}x{size[0]}"] * several[0] + [_plane(directions[number])] * several[1]
-        found += [(labels + more, _in_order(part)) for more, part in _apart(group)]
+        found += [(labels + more, in_order(part)) for more, part in _apart(group)]
     parts: dict[str, list[Slice]] = {}
     for labels, part in found:
         label = "_".join(labels)
@@ -329,7 +330,8 @@ def _repeats(slices: list[Slice]) -> bool:
     return len(set(unique.values())) < len(unique)
 
 
-def _in_order(slices: list[Slice]) -> list[Slice]:
+def in_order(slices: list[Slice]) -> list[Slice]:
+    """Slices in the order of their positions along the normal of the first."""
     if any(len(s.position) != 3 or len(s.orientation) != 6 for s in slices):
         return slices
     normal = np.cross(*np.reshape(slices[0].orientation, (2, 3)))

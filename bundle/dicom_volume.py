@@ -15,10 +15,10 @@ import torch
 from monai.data import MetaTensor
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
-from .dicom import Slice, passed_over, slices_of, volumes_in
+from .dicom import Slice, in_order, passed_over, slices_of, volumes_in
 from .errors import InputError
 
-__all__ = ["TO_RAS", "check_slices", "grid_of_series", "load_series", "write_file"]
+__all__ = ["TO_RAS", "check_slices", "grid_of_series", "load_series", "make_one_stack", "write_file"]
 
 TOLERANCE = 0.05  # of the slice distance: how far a slice may lie from its place on an even grid
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's coordinates grow to the left and to the back
@@ -47,7 +47,8 @@ def load_series(path: str | Path) -> MetaTensor:
     planes = _Planes(str(source))
     slices, twins = _without_twins(slices, planes)
     if twins:
-        remarks.append(f"{len(twins)} slices are there twice, with the same pixels: left out ({', '.join(s.name for s in twins[:3])})")
+        names = ", ".join(s.name for s in twins[:3]) + (", ..." if len(twins) > 3 else "")
+        remarks.append(f"{len(twins)} slices stored again under another UID are left out ({names})")
     affine, distance = check_slices(str(source), slices)
     volume = np.empty((len(slices), *slices[0].size), np.float32)
     padding = np.zeros(volume.shape, bool)
@@ -138,6 +139,18 @@ def check_slices(series: str, slices: Sequence[Slice]) -> tuple[np.ndarray, floa
     to_lps[:3, 0], to_lps[:3, 1] = row * first.spacing[1], column / np.linalg.norm(column) * first.spacing[0]
     to_lps[:3, 2], to_lps[:3, 3] = normal * distance, positions[0]
     return TO_RAS @ to_lps, distance
+
+
+def make_one_stack(parts: Sequence[Sequence[Slice]]) -> bool:
+    """Whether slices of one series from several folders make up one volume together: they were filed apart. Copies do not."""
+    slices = in_order([slice_ for part in parts for slice_ in part])
+    if len({(s.size, s.component, tuple(np.round(s.orientation, 2))) for s in slices}) > 1:
+        return False
+    try:
+        check_slices("", slices)
+    except InputError:
+        return False
+    return True
 
 
 def _even_distance(series: str, slices: Sequence[Slice], positions: np.ndarray, normal: np.ndarray, in_plane: np.ndarray) -> float:

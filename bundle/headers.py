@@ -96,9 +96,9 @@ def is_gzip(path: str | Path) -> bool:
 
 def _true_ending(path: Path) -> str:
     """Extension that a NIfTI, Analyze or FreeSurfer file should have: in lower case, that of gzip only where it is."""
-    ending = path.name[len(strip_extension(path.name)) :].lower()
-    plain = {".mgz": ".mgh"}.get(ending, ending.removesuffix(".gz"))
-    return ending if is_gzip(path) == (ending != plain) else {".mgh": ".mgz"}.get(plain, f"{plain}.gz") if is_gzip(path) else plain
+    if file_format(path) == "freesurfer":
+        return ".mgz" if is_gzip(path) else ".mgh"
+    return path.name[len(strip_extension(path.name)) :].lower().removesuffix(".gz") + ".gz" * is_gzip(path)
 
 
 def _first_bytes(path: str | Path, count: int) -> bytes:

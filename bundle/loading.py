@@ -100,7 +100,10 @@ class LoadVolumed(MapTransform):
             image = self.loader(str(source), reader=self._reader(source))
             return image, _follow_nrrd(image, source) if kind == "nrrd" else []
         with named_as_nibabel_wants(source) as name:
-            header: Any = nib.load(name)
+            try:
+                header: Any = nib.load(name)
+            except nib.filebasedimages.ImageFileError as e:
+                raise InputError(f"{source}: cannot be read as a volume ({_why_not_read(e).replace(name, source.name)})") from e
             if header.get_data_dtype().names:
                 raise InputError(f"{source}: one grey-scale volume expected, got colours")
             is_complex = header.get_data_dtype().kind == "c"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import paths
-from .dicom import find_dicom, find_series, is_dicom, passed_over
+from .dicom import Slice, find_dicom, find_series, is_dicom, passed_over, volumes_in
+from .dicom_volume import make_one_stack
 from .errors import InputError
 from .headers import RESULT_MARK, companions, file_format
 from .recognition import looks_like
@@ -132,14 +133,23 @@ def _at(text: str, pattern: str | Sequence[str] | None, passed: list[str]) -> li
 def _below(top: Path, pattern: str | Sequence[str] | None, passed: list[str]) -> list[str]:
     if not os.access(top, os.R_OK | os.X_OK):
         raise InputError(f"{top}: no permission to read this folder")
-    volumes = []
+    volumes: list[str] = []
+    series: dict[str, list[tuple[str, list[Slice]]]] = {}
     for folder, files in _folders(top, passed, () if pattern else NOT_RAW):
         slices = [f for f in files if not file_format(f) and is_dicom(f)] if pattern is None else []
         volumes += _scans([f for f in files if f not in slices], pattern, passed)
         if slices:
-            volumes += find_dicom(folder, results=folder == top)
+            found = find_dicom(folder, results=folder == top)
+            volumes += found
+            for name, its_slices in volumes_in(folder)[0].items():
+                path = next((p for p in (str(folder), str(folder / name)) if p in found), "")
+                series.setdefault(name, []).extend([(path, its_slices)] * bool(path))
             others = passed_over(folder)
             passed += [f"{folder}: {others}"] if others else []
+    for parts in series.values():
+        if len(parts) > 1 and make_one_stack([slices for _, slices in parts]):
+            passed.append(f"{', '.join(path for path, _ in parts)}: hold parts of one series; put them into one folder")
+            volumes = [v for v in volumes if v not in [path for path, _ in parts]]
     return volumes
 
 

@@ -136,6 +136,18 @@ class TestFinding:
         find_volumes(f"{folder}/*.dcm")
         assert f"passed over: 5 more slices of the series of {first}" in [record.getMessage() for record in caplog.records]
 
+    def test_series_filed_in_parts_is_not_taken_for_several(self, tmp_path, caplog):
+        folder = toy.write_dicom(tmp_path / "all" / "a")
+        toy.write_dicom(tmp_path / "all" / "other")
+        shutil.copytree(folder, tmp_path / "all" / "copy")
+        assert len(find_volumes(tmp_path / "all")) == 3
+        shutil.rmtree(tmp_path / "all" / "copy")
+        (tmp_path / "all" / "b").mkdir()
+        for file in sorted(folder.iterdir())[1::2]:
+            file.rename(tmp_path / "all" / "b" / file.name)
+        assert find_volumes(tmp_path / "all") == [str(tmp_path / "all" / "other")]
+        assert "hold parts of one series; put them into one folder" in caplog.text
+
     def test_changed_neighbour_changes_the_series_of_a_slice(self, tmp_path):
         folder = toy.write_mixed(tmp_path / "two")
         files = sorted(folder.iterdir())

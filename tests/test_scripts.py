@@ -114,6 +114,15 @@ def test_benchmark_keeps_the_kinds_of_growth_that_it_did_not_measure(benchmark, 
         benchmark("--growth", "nothing")
 
 
+def test_the_page_s_one_command_holds_every_kind_of_measurement():
+    module = runpy.run_path(str(SCRIPTS / "benchmark.py"))
+    asked = [module["arguments"]([word.format(data="DATA") for word in part]) for part in module["ALL"]]
+    kinds = {
+        next((kind for kind in module["MEASUREMENTS"] if getattr(given, kind) not in (None, False)), "convolutions") for given in asked
+    }
+    assert kinds == set(module["TABLES"])
+
+
 def test_benchmark_refines_a_volume_from_file_to_file(benchmark, tmp_path):
     scan = toy.write_nifti(tmp_path / "scan.nii.gz", toy.head((30, 32, 20)), np.diag([1.1, 1, 1.5, 1]))
     lines, known = benchmark("--whole", str(scan), "--networks", "bicubic", "--side", "24")

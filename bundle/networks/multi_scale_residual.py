@@ -48,15 +48,17 @@ class MultiScaleResidualNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1, H, W) -> (N, 1, H, W)."""
-        shallow = self._shallow(x)  # F_2
+        # F_2; a script knows no autocast
+        shallow = self.extract(x) if torch.jit.is_scripting() else self._shallow(x)  # type: ignore[no-untyped-call]
         deep = shallow
         for module in self.mapping:
             deep = module(deep) + shallow  # local residual learning, after every module
         return self.reconstruct(deep) + x  # global residual
 
+    @torch.jit.unused
     def _shallow(self, x: Tensor) -> Tensor:
-        """In float32 even where the rest is in half precision: each module adds to it, and its rounding would cost up to 0.015 dB."""
-        if torch.jit.is_scripting():  # a script knows no autocast
+        """In float32 even where the rest is in half precision: every module's result is added to it, and rounding it costs 0.015 dB."""
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             return self.extract(x)
         with torch.autocast(x.device.type, enabled=False):
             return self.extract(x.float())

@@ -56,7 +56,8 @@ class VolumeInference(SupervisedEvaluator):
         super().__init__(val_handlers=val_handlers, **kwargs)
         self.results, self.save = results, Compose([inspection, postprocessing, saving])
         self.failures: list[tuple[str, str]] = []
-        self.done_before = self.passed_over = 0
+        self.passed_over: list[str] = []
+        self.done_before = 0
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]  # MONAI's evaluators take an epoch, Ignite's data
         """Work through all volumes.
@@ -66,7 +67,8 @@ class VolumeInference(SupervisedEvaluator):
                 (says how many and why the first one did).
         """
         self.failures.clear()
-        self.done_before = self.passed_over = 0
+        self.passed_over.clear()
+        self.done_before = 0
         list_of_failures = self.results.output_dir / "failed.csv"
         try:
             self.results.output_dir.mkdir(parents=True, exist_ok=True)
@@ -84,9 +86,17 @@ class VolumeInference(SupervisedEvaluator):
         if idist.get_rank() > 0:
             return
         self.failures = sorted(failure for share in shares for failure in share[0])
-        done_before, passed, total = (sum(share[n] for share in shares) for n in (1, 2, 3))
-        text = (f", {done_before} of them before" if done_before else "") + (f", {passed} passed over" if passed else "")
-        logger.info("%d of %d volumes done%s, results in %s", total - len(self.failures) - passed, total, text, self.results.output_dir)
+        done_before, total = (sum(share[n] for share in shares) for n in (1, 3))
+        passed = [line for share in shares for line in share[2]]
+        text = (f", {done_before} of them before" if done_before else "") + (f", {len(passed)} passed over" if passed else "")
+        logger.info(
+            "%d of %d volumes done%s, results in %s", total - len(self.failures) - len(passed), total, text, self.results.output_dir
+        )
+        if total > 1:
+            try:
+                self.results.write_index(self.failures, passed)
+            except OSError as e:
+                logger.warning("%s: index.html cannot be written (%s)", self.results.output_dir, e.strerror)
         if self.failures:
             try:
                 write_atomically(list_of_failures, self._write_failures)
@@ -98,7 +108,7 @@ class VolumeInference(SupervisedEvaluator):
     def _iteration(self, engine: SupervisedEvaluator, batchdata: list[dict]) -> dict:  # type: ignore[override]
         (item,) = batchdata
         if "passed_over" in item:
-            self.passed_over += 1
+            self.passed_over.append(item["passed_over"])
             logger.warning("passed over: %s", item["passed_over"])
             return {}
         if "done" in item:

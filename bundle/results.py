@@ -31,7 +31,7 @@ from .files import fingerprint, save_nifti, sha256, write_atomically, write_json
 from .grid import oriented
 from .headers import RESULT_MARK, bids_root, file_format, sidecar, strip_extension
 from .ranges import compare, describe, read_ranges
-from .report import Row, html_report
+from .report import INDEX_MARK, Entry, Layer, Row, html_index, html_report
 from .transforms import name_of
 
 __all__ = ["CompareWithTrainingd", "Consistencyd", "Results", "SaveComparisond", "SaveHtmlReportd", "SaveReportd", "SaveVolumed"]
@@ -79,7 +79,7 @@ class Results:
         bids: bool | str = False,
     ) -> None:
         self.output_dir = Path(str(output_dir))
-        self.root = _shared_path(dataset_dir, volumes)
+        self.root, self.volumes = _shared_path(dataset_dir, volumes), volumes
         hashed = None if weights is None else sha256(weights)
         # as they will be read back: JSON has no tuples, and the command line gives true and false as text
         text = json.dumps({**(settings or {}), "weights": hashed}, default=float)
@@ -139,6 +139,40 @@ class Results:
         if self.raw is not None:
             facts["Sources"] = [f"bids:raw:{Path(os.path.abspath(volume)).relative_to(self.raw).as_posix()}"]
         return facts
+
+    def write_index(self, failures: Sequence[tuple[str, str]] = (), passed_over: Sequence[str] = ()) -> None:
+        """Write ``index.html`` into ``output_dir``: a picture, warnings and a link for each result, then what has none.
+
+        A run that writes no pages has none either, but brings the index of an earlier run up to date.
+
+        Args:
+            failures: volumes and why each of them failed.
+            passed_over: a line for each file that is no volume to be done.
+        """
+        index = self.output_dir / "index.html"
+        if not self.report and not (index.exists() and INDEX_MARK in index.read_text(encoding="utf-8", errors="replace")):
+            return
+        failed, entries = dict(failures), []
+        for volume in self.volumes:
+            report, page, result, picture = (self.path(volume, f"_sr.{ending}") for ending in ("json", "html", "nii.gz", "png"))
+            try:
+                warnings = json.loads(report.read_text(encoding="utf-8"))["warnings"]
+            except (OSError, ValueError, KeyError, TypeError):  # no result, or none of ours
+                continue
+            if volume in failed:  # the result is of an earlier run
+                continue
+            links = [path.relative_to(self.output_dir).as_posix() if path.exists() else None for path in (page, result, picture)]
+            entries.append(Entry(self.name(volume), warnings, links[0] or links[1] or "", links[2]))
+        reasons = [(self.name(volume), why.removeprefix(f"{volume}: ")) for volume, why in failed.items()]
+        title = os.path.basename(os.path.abspath(self.root))
+        root = os.path.join(self.root, "")
+        others = [line.replace(root, "") for line in (*getattr(self.volumes, "passed_over", ()), *passed_over)]
+        text = html_index(title, entries, reasons, others)
+        write_atomically(index, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def name(self, volume: str) -> str:
+        """Path of a volume below ``dataset_dir``, for people."""
+        return os.path.relpath(volume, self.root)
 
     def is_done(self, volume: str) -> bool:
         """Whether the result of a volume is complete, and made from the same input with the same settings."""
@@ -319,7 +353,7 @@ class SaveComparisond(MapTransform):
 
 
 class SaveHtmlReportd(MapTransform):
-    """Write ``<name>_sr.html``, a page for people: result and interpolated input in three planes, residual, warnings, facts.
+    """Write ``<name>_sr.html``, a page for people: all slices of input, result and residual in three planes, warnings, facts.
 
     Where the run writes no pages, the page of an earlier result is removed.
 
@@ -353,8 +387,13 @@ class SaveHtmlReportd(MapTransform):
             Row("Date", datetime.now().astimezone().isoformat(" ", "minutes")),
         ]
         not_compared = ["not compared with the training data: no ranges beside the weights"] * (not report["training_ranges"])
-        title = os.path.relpath(volume, self.results.root)
-        page = html_report(title, before, after, float(before.meta["unit_intensity"]), rows, [*report["warnings"], *not_compared])
+        layers = [
+            Layer("Input", "The input, interpolated to the grid of the result.", before),
+            Layer("Result", "What the network made of the input.", after),
+            Layer("Residual", "Result minus input: what the network added. It is likely, not measured.", after - before, "signed"),
+        ]
+        title, unit = self.results.name(volume), float(before.meta["unit_intensity"])
+        page = html_report(title, layers, unit, rows, [*report["warnings"], *not_compared])
         self.results.write(volume, "_sr.html", lambda part: part.write_text(page, encoding="utf-8"))
         return data
 

@@ -52,7 +52,13 @@ OURS = "(_sr|_desc-[0-9A-Za-z]*sr_[0-9A-Za-z]+)"  # how names of results end
 NOT_RAW = ("derivatives", "sourcedata")  # of a BIDS data set
 
 
-def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> list[str]:
+class Volumes(list[str]):
+    """Paths of volumes; ``passed_over`` holds a line for each file that is none, and why."""
+
+    passed_over: Sequence[str] = ()
+
+
+def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> Volumes:
     """Volumes at or below a path, sorted by name.
 
     Args:
@@ -89,7 +95,9 @@ def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> list[
         raise InputError(f"{', '.join(given)}: holds no volume ({formats}){but}")
     if passed:
         logger.warning("%d volumes to do, %d files passed over", len(found), len(passed))
-    return sorted(found.values())
+    volumes = Volumes(sorted(found.values()))
+    volumes.passed_over = passed
+    return volumes
 
 
 def _identity(volume: str, series: dict[str, dict[str, str]]) -> str:

@@ -1,6 +1,6 @@
-"""What a scanner delivers of high-resolution anatomy: sampling along each axis, noise, magnitude, whole numbers.
+"""Simulated acquisition of anatomy by a scanner: sampling along each axis, noise, magnitude, whole numbers.
 
-An acquisition is separable. Along each axis of an image x, a matrix takes high-resolution samples to measured ones, so that a slice becomes
+An acquisition is separable. Along each axis of an image x, a matrix maps high-resolution samples to measured ones, so that a slice becomes
 
     y = round(| F_r (S_r x S_c^T + n) F_c^T |)
 
@@ -38,9 +38,9 @@ __all__ = [
 PROFILES = ("bicubic", "kspace", "gaussian", "box", "trapezoid")
 WINDOWS = ("none", "hamming", "tukey")
 
-RAMP = 0.3  # of a trapezoid's width at half maximum: each of its slopes
-TAPER = 0.5  # of the half-width of a Tukey window: its cosine part
-STEP = 2.5  # dB: the end of the acquired k-space, on top of the slope of the spectrum
+RAMP = 0.3  # width of each slope of a trapezoid, as a fraction of its width at half maximum
+TAPER = 0.5  # cosine part of a Tukey window, as a fraction of its half-width
+STEP = 2.5  # dB: least drop at the end of the acquired k-space, in addition to the slope of the spectrum
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ class Sampling:
     """How one axis is sampled.
 
     Args:
-        factor: distance of the measured samples, in high-resolution ones; at least 1. 1 leaves the axis alone, but for the filter.
+        factor: distance between measured samples, in high-resolution samples; at least 1. 1 applies only the filter.
         profile: ``"kspace"``: truncation to the frequencies that the measured samples hold (frequency and phase encoding).
-            ``"gaussian"``, ``"box"``, ``"trapezoid"``: a point spread or slice profile; the trapezoid is that of a selective pulse of
+            ``"gaussian"``, ``"box"``, ``"trapezoid"``: a point spread or slice profile; the trapezoid models a selective pulse of
             finite duration, with slopes of 30 % of its width. ``"bicubic"``: the antialiased kernel of the paper's protocol.
-        width: full width at half maximum of ``"gaussian"``, ``"box"`` and ``"trapezoid"``, in sample distances: the slice thickness over
-            the slice distance. Below 1 there are gaps; above 1 slices overlap.
-        coverage: fraction of the measured k-space that holds data, from its centre; the rest is filled with zeros.
+        width: full width at half maximum of ``"gaussian"``, ``"box"`` and ``"trapezoid"``, in sample distances: slice thickness divided
+            by slice distance. Below 1 there are gaps; above 1 slices overlap.
+        coverage: central fraction of the measured k-space that holds data; the rest is filled with zeros.
         window: apodisation of the covered k-space, see :func:`kspace_filter`.
 
     Raises:
-        InputError: for a value outside of these.
+        InputError: if a value is not one of these or out of range.
     """
 
     factor: float = 1.0
@@ -89,11 +89,11 @@ class Acquisition:
     """How an image is measured, axis by axis.
 
     Args:
-        axes: sampling of the last axes of the image, in order.
+        axes: sampling along the last axes of the image, in order.
         noise: standard deviation of the noise in each of the two channels of the complex image, on the scale of the intensities.
         brightness: largest relative deviation of a slice's intensity; neighbouring slices of an interleaved sequence deviate in opposite
             directions. The slices lie along the last axis with a slice profile.
-        step: distance of the whole numbers that a file stores, on the scale of the intensities; 0 does not round.
+        step: difference between two neighbouring stored values, on the scale of the intensities; 0 does not round.
 
     Example:
         >>> scan = Acquisition((Sampling(2), Sampling(2)), noise=0.02)
@@ -111,7 +111,7 @@ class Acquisition:
 
         Args:
             image: floating point; its last ``len(axes)`` axes are sampled.
-            random: source of noise and brightness; needed where there is either.
+            random: random generator for noise and brightness; ``None`` uses a new one.
         """
         random = random or np.random.default_rng()
         first = image.ndim - len(self.axes)
@@ -130,13 +130,13 @@ class Acquisition:
                 channels = [_along(channel, axis, matrix) for channel in channels]
         if len(channels) == 2:
             magnitude = torch.hypot(*channels)
-        else:  # the paper's bicubic is no scanner: its overshoot is cut, as image files without negative values cut it
+        else:  # the paper's bicubic overshoots: clip it like image files without negative values
             magnitude = channels[0].clamp(min=0) if any(s.profile == "bicubic" for s in self.axes) else channels[0].abs()
         return (magnitude / self.step).round() * self.step if self.step else magnitude
 
 
 def sampled(image: Tensor, axes: Sequence[Sampling]) -> Tensor:
-    """An image sampled along its last axes, (..., n, ...) to (..., ceil(n / factor), ...): no noise, no magnitude, all of k-space."""
+    """Sample an image along its last axes, (..., n, ...) to (..., ceil(n / factor), ...), without noise, magnitude or k-space filter."""
     for axis, sampling in enumerate(axes, image.ndim - len(axes)):
         if sampling.factor > 1:
             image = _along(image, axis, sampling_matrix(image.shape[axis], sampling))
@@ -147,7 +147,7 @@ def sampled(image: Tensor, axes: Sequence[Sampling]) -> Tensor:
 def sampling_matrix(size: int, sampling: Sampling) -> Tensor:
     """Matrix of a sampling: (count, size), float32; each row sums to 1.
 
-    Where the factor does not divide ``size``, the last high-resolution sample is repeated until the last measured one is covered.
+    If the factor does not divide ``size``, the last high-resolution sample is repeated to cover the last measured one.
     """
     count, factor = sampling.count(size), sampling.factor
     if sampling.profile in ("bicubic", "kspace"):
@@ -165,7 +165,7 @@ def sampling_matrix(size: int, sampling: Sampling) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def kspace_filter(size: int, coverage: float = 1.0, window: str = "none") -> Tensor:
-    """Matrix (size, size) that multiplies the spectrum of an axis by a window, and by 0 outside of it.
+    """Matrix (size, size) that multiplies the spectrum along an axis by a window, and by 0 outside it.
 
     Args:
         size: samples of the axis.
@@ -186,8 +186,8 @@ def kspace_filter(size: int, coverage: float = 1.0, window: str = "none") -> Ten
 
 
 def alternate_brightness(count: int, largest: float, random: np.random.Generator) -> Tensor:
-    """Factors (count,) of the intensities of interleaved slices: odd and even ones deviate in opposite directions, each a little more or
-    less than the others."""
+    """Factors (count,) for the intensities of interleaved slices: odd and even slices deviate in opposite directions, by varying
+    amounts."""
     deviation = random.uniform(-largest, largest) / 2 * (-1.0) ** np.arange(count) + random.uniform(-largest, largest, count) / 2
     return torch.from_numpy(1 + deviation)
 
@@ -205,21 +205,21 @@ def _integral(profile: str, x: np.ndarray) -> np.ndarray:
 
 
 def _along(image: Tensor, axis: int, matrix: Tensor) -> Tensor:
-    """``matrix`` (m, n) applied along an axis of n samples."""
+    """Apply ``matrix`` (m, n) along an axis of n samples."""
     return torch.tensordot(image, matrix.to(image), ([axis], [1])).movedim(-1, axis)
 
 
 def acquired_fraction(image: Tensor, axis: int) -> float:
-    """Fraction of an axis's k-space that was acquired: below 1 where a scanner filled the rest with zeros to make a finer grid.
+    """Acquired fraction of k-space along an axis: below 1 if the scanner filled the rest with zeros to interpolate.
 
-    Such a spectrum ends in a step, well before the Nyquist frequency, while that of anatomy and noise falls evenly.
+    The spectrum of such an image drops abruptly well below the Nyquist frequency, while that of anatomy and noise falls evenly.
 
     Args:
         image: any number of axes.
-        axis: the one to look at.
+        axis: axis to examine.
 
     Returns:
-        in (0, 1]; 1 where there is no such step, or too few samples to see one.
+        in (0, 1]; 1 if there is no such drop, or too few samples to detect one.
     """
     size = image.shape[axis]
     if size < 32:

@@ -1,4 +1,4 @@
-"""How much a network gains over interpolation on scans as scanners make them: a table over volumes and acquisitions."""
+"""Gain of a network over interpolation for simulated scans: a table over volumes and acquisitions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["measure_acquisitions"]
 
 logger = logging.getLogger(__name__)
 
-STEP = 1 / 1000  # files store whole numbers
+STEP = 1 / 1000  # between stored values, because files store whole numbers
 # profile, width in pixels or slice distances, noise
 IN_PLANE: dict[str, tuple[str, float, float]] = {
     "bicubic (the paper's)": ("bicubic", 1, 0),
@@ -59,31 +59,31 @@ def measure_acquisitions(
     device: torch.device | None = None,
     seed: int = 0,
 ) -> dict:
-    """Acquire high-resolution volumes at low resolution, bring them back, and compare with cubic B-splines and zero-filling.
+    """Simulate low-resolution scans of volumes, restore them, and compare the network with cubic B-splines and zero-filling.
 
     Writes ``acquisitions.json`` and ``acquisitions.md`` into ``output_dir``, after each volume.
 
     Args:
         volumes: items with ``"image"``, (1, X, Y, Z) in RAS, intensities scaled to 1.
-        network: what is measured.
+        network: the network to measure.
         output_dir: folder of the tables.
-        factors: in-plane; axial slices of every volume are made coarser by them.
-        thicknesses: of slices across the last axis, in mm; only volumes whose own slices are a third of that, or thinner, count.
-        positions, facts: what the network is told, see :class:`bundle.inferers.ForegroundInferer`.
-        interpolation: of the network's input, in-plane.
-        slices: axial slices of each volume for the in-plane rows, evenly spaced; planes across thick slices are all used.
-        tell_noise: whether the network is told the true noise instead of what is measured.
-        device: where the network is; ``None`` is the CPU.
-        seed: of the noise.
+        factors: in-plane factors, applied to axial slices of every volume.
+        thicknesses: slice thicknesses along the last axis, in mm; volumes are used only if their own slices are at most a third as thick.
+        positions, facts: inputs of the network, see :class:`bundle.inferers.ForegroundInferer`.
+        interpolation: in-plane interpolation of the network's input.
+        slices: number of evenly spaced axial slices per volume for the in-plane rows; for thick slices, all planes are used.
+        tell_noise: whether the network receives the true noise instead of the measured one.
+        device: device of the network; ``None`` is the CPU.
+        seed: seed of the noise.
 
     Returns:
-        row to ``{volume: {"psnr": ..., "better interpolation": ..., "gain": ...}}``, PSNR in dB over the pixels above 0.05 of the truth.
+        row to ``{volume: {"psnr": ..., "spline": ..., "zero-filled": ..., "gain": ...}}``, in dB over the pixels of the truth above 0.05.
     """
     network.eval()
-    told: dict[str, Any] = {"positions": positions, "facts": facts, "sw_batch_size": 4}
+    options: dict[str, Any] = {"positions": positions, "facts": facts, "sw_batch_size": 4}
 
     def apply(volume: Tensor, meta: dict, noise: float, orthogonal: bool = False) -> Tensor:
-        kwargs = {**told, "noise": noise if tell_noise else None}
+        kwargs = {**options, "noise": noise if tell_noise else None}
         inferer = (
             OrthogonalSlices(**kwargs)
             if orthogonal
@@ -125,7 +125,7 @@ def measure_acquisitions(
 
 
 def _evenly(volume: Tensor, count: int) -> Tensor:
-    """Axial slices with anatomy, (count, X, Y)."""
+    """Evenly spaced axial slices with anatomy, (count, X, Y)."""
     filled = ((volume > FOREGROUND).float().mean((0, 1)) > 0.05).nonzero().flatten()
     places = np.linspace(0, len(filled) - 1, min(count, len(filled))).round().astype(int)
     return volume[..., filled[places]].movedim(-1, 0).contiguous()

@@ -1,7 +1,7 @@
-"""What a network is told of a slice beside its pixels: where these lie, how fine the scan is, and how noisy.
+"""Inputs of a network beside the pixels: their positions, the sharpness of the scan and its noise.
 
-Nothing here needs the scan's header. The measured samples are found again from the interpolated slice, and their spectrum shows what the
-scanner did: a point spread makes it fall, k-space truncation does not, noise lifts its end.
+Nothing here needs the header of the scan. The measured samples are recovered from the interpolated slice, and their spectrum shows how they
+were acquired: with a point spread it falls, with k-space truncation it does not, and noise raises its end.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ __all__ = ["FACTS", "conditions", "measured_samples", "positions", "spectral_fac
 
 NOISE_UNIT = 0.02  # of the intensity scale
 BANDS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)  # borders, in Nyquist frequencies of the measured samples
-CORNER = 0.7  # Nyquist frequencies: where both frequencies lie above, there is more noise than anatomy
-SLICES = 32  # are looked at
+CORNER = 0.7  # Nyquist frequencies: if both frequencies are above, noise dominates anatomy
+SLICES = 32  # used for the facts, at most
 FOREGROUND = 0.05  # of the intensity scale
-FACTS = 3 + 2 * (len(BANDS) - 2)  # numbers of which conditions() makes maps
+FACTS = 3 + 2 * (len(BANDS) - 2)  # constant maps that conditions() adds
 
 
 def positions(factors: Sequence[float], rows: slice, columns: slice) -> Tensor:
-    """Where the pixels of an interpolated slice lie between those that were measured: what a network must know to serve any factor.
+    """Positions of the pixels of an interpolated slice between the measured ones, which let one network serve any factor.
 
     Args:
-        factors: of the rows and of the columns.
-        rows, columns: the part of the slice, in its pixels.
+        factors: factors of the rows and of the columns.
+        rows, columns: part of the slice, in pixels.
 
     Returns:
         (6, H, W): for the rows, then for the columns, cosine and sine of 2 pi times the low-resolution index of
@@ -48,16 +48,17 @@ def positions(factors: Sequence[float], rows: slice, columns: slice) -> Tensor:
 
 
 def conditions(factors: Sequence[float], rows: slice, columns: slice, widths: Sequence[float], noise: float, spectrum: Tensor) -> Tensor:
-    """What the general network is told of a slice, pixel by pixel.
+    """Condition maps of the general network for a slice.
 
     Args:
-        factors, rows, columns: as of :func:`positions`.
-        widths: slice thickness over slice distance, for an axis across which slices lie and where it is known; else 0.
+        factors, rows, columns: see :func:`positions`.
+        widths: for the rows and the columns, slice thickness divided by slice distance; 0 if unknown or not across thick slices.
         noise: standard deviation, on the scale of the intensities.
         spectrum: (10,), see :func:`spectral_facts`.
 
     Returns:
-        (6 + 13, H, W): :func:`positions`, then, constant, both widths, the noise in units of 0.02, and the spectrum: all of order 1.
+        (6 + 13, H, W): :func:`positions`, then constant maps of both widths, of the noise in units of 0.02, and of the spectrum, all of
+        order 1.
     """
     maps = positions(factors, rows, columns)
     facts = torch.cat([torch.tensor([*widths, noise / NOISE_UNIT]), spectrum.cpu()]).float()
@@ -68,13 +69,13 @@ def spectral_facts(measured: Tensor) -> tuple[float, Tensor]:
     """Noise and sharpness of slices, from their spectrum.
 
     Args:
-        measured: (..., h, w), the samples as they were measured, on the scale of the intensities. The facts are means over the slices
-            that hold anatomy, or of 32 of them, evenly spaced.
+        measured: (..., h, w), the measured samples, on the scale of the intensities. The facts are means over the slices with anatomy, or
+            over 32 of them, evenly spaced.
 
     Returns:
-        an estimate of the noise's standard deviation, from the frequencies at which anatomy has least; what fine anatomy there is counts
-        as well. And (10,): for the rows, then for the columns, the decadic logarithm of the power in five bands of frequencies up to
-        the Nyquist frequency, over that in a band of low ones.
+        an estimate of the standard deviation of the noise, from the frequencies at which anatomy is weakest (fine anatomy raises it); and
+        (10,): for the rows, then for the columns, the decadic logarithm of the power in five frequency bands up to the Nyquist frequency,
+        relative to that in a low band.
     """
     slices = torch.as_tensor(measured).reshape(-1, *measured.shape[-2:]).float()
     filled = (slices > FOREGROUND).float().mean((1, 2)) > 0.01
@@ -83,19 +84,19 @@ def spectral_facts(measured: Tensor) -> tuple[float, Tensor]:
     slices = slices[filled]
     slices = slices[torch.linspace(0, len(slices) - 1, min(len(slices), SLICES)).round().long()]
     windows = [torch.hann_window(side + 2, periodic=False)[1:-1].to(slices) for side in slices.shape[1:]]
-    window = windows[0][:, None] * windows[1]  # borders that do not fit together would look like sharp edges
+    window = windows[0][:, None] * windows[1]  # otherwise, opposite borders that do not match would look like sharp edges
     power = torch.fft.fft2(slices * window).abs().square()
     frequencies = [2 * torch.fft.fftfreq(side).abs().to(slices) for side in slices.shape[1:]]
     corner = (frequencies[0][:, None] > CORNER) & (frequencies[1] > CORNER)
     if not corner.any():  # a few pixels
         return 0.0, torch.zeros(FACTS - 3)
-    covered = (window.square() * (slices > 0)).sum((1, 2))  # where a file holds 0, the scan was cut: no noise either
+    covered = (window.square() * (slices > 0)).sum((1, 2))  # zeros in a file were cut off, and have no noise either
     noise = (power[:, corner].mean(1) / covered).sqrt().mean()
     facts = []
     for axis, f in enumerate(frequencies):
         line = power.mean(2 - axis)
         bands = [line[:, (f > low) & (f <= high)] for low, high in itertools.pairwise(BANDS)]
-        # a few samples may leave a band without a frequency: it then counts as the one below
+        # with few samples a band may be empty: it then repeats the band below
         levels: list[Tensor] = []
         for band in bands:
             levels.append((band.mean(1) + 1e-6).log10() if band.shape[1] else levels[-1] if levels else torch.zeros(len(line)).to(line))
@@ -104,21 +105,21 @@ def spectral_facts(measured: Tensor) -> tuple[float, Tensor]:
 
 
 def measured_samples(image: Tensor, factors: Sequence[float], mode: str = "spline") -> Tensor:
-    """The samples of which slices (..., H, W) were interpolated by :func:`bundle.resampling.enlarge`: (..., h, w)."""
+    """Recover the samples (..., h, w) from which :func:`bundle.resampling.enlarge` interpolated slices (..., H, W)."""
     rows, columns = (_inverse(side, factor, mode).to(image) for side, factor in zip(image.shape[-2:], factors))
     return rows @ image @ columns.T
 
 
 def zero_filled_excess(image: Tensor, factors: Sequence[float], across: Sequence[bool] = (False, False), mode: str = "spline") -> Tensor:
-    """What zero-filling of k-space makes of the measured samples, less what interpolation made of them.
+    """Difference between zero-filling and interpolation of the measured samples.
 
-    Where a scanner truncated k-space, zero-filling is the exact continuation; but across thick slices it is not.
+    If the scanner truncated k-space, zero-filling is exact; across thick slices it is not.
 
     Args:
         image: (..., H, W), interpolated slices.
-        factors: of the rows and of the columns.
-        across: the axes across thick slices: they stay as they are interpolated.
-        mode: of the interpolation.
+        factors: factors of the rows and of the columns.
+        across: axes across thick slices, which keep their interpolation.
+        mode: mode of the interpolation.
 
     Returns:
         (..., H, W).
@@ -132,17 +133,17 @@ def zero_filled_excess(image: Tensor, factors: Sequence[float], across: Sequence
 
 
 def with_measured_kspace(result: Tensor, image: Tensor, factors: Sequence[float], share: float = 1.0, mode: str = "spline") -> Tensor:
-    """A result with the measured samples put back into its k-space: noise and texture of the scan return.
+    """Restore the measured samples in the k-space of a result, and with them the noise and texture of the scan.
 
     Args:
         result: (..., H, W).
-        image: (..., H, W), the interpolated slices that it was made from.
-        factors: of the rows and of the columns.
-        share: of the measured samples: 1 replaces what the result holds of their frequencies, 0 nothing.
-        mode: of the interpolation.
+        image: (..., H, W), the interpolated slices from which the result was computed.
+        factors: factors of the rows and of the columns.
+        share: 1 replaces the frequencies of the measured samples in the result, 0 keeps it; values in between mix.
+        mode: mode of the interpolation.
 
     Returns:
-        (..., H, W). With a share of 1, k-space truncation gives the measured samples again.
+        (..., H, W). With a share of 1, k-space truncation of it gives the measured samples.
     """
     missing = measured_samples(image, factors, mode) - downsample(result, factors, "kspace")
     return result + share * enlarge(missing, factors, result.shape[-2:], "kspace")
@@ -157,7 +158,7 @@ def _enlargement(size: int, factor: float, mode: str) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _inverse(size: int, factor: float, mode: str) -> Tensor:
-    """Matrix (n, size) that gives the samples back."""
+    """Matrix (n, size) that recovers the samples."""
     return torch.eye(size, dtype=torch.float64) if factor == 1 else torch.linalg.pinv(_enlargement(size, factor, mode))
 
 

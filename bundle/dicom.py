@@ -1,6 +1,6 @@
-"""What DICOM files say of themselves, and which of a folder's files make up a volume.
+"""Headers of DICOM files, and which files of a folder form a volume.
 
-Of the pixels see :mod:`bundle.dicom_volume`; docs/dicom.md says why pydicom does this.
+For pixels see :mod:`bundle.dicom_volume`; docs/dicom.md explains why this uses pydicom.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ __all__ = [
     "volumes_in",
 ]
 
-SCREENSHOT = "1.2.840.10008.5.1.4.1.1.7"  # Secondary Capture Image Storage, and the root of its multi-frame kinds
-SAME_DIRECTION = 5e-3  # largest difference of two direction cosines that are one: anonymisers round them
+SCREENSHOT = "1.2.840.10008.5.1.4.1.1.7"  # Secondary Capture Image Storage, and the prefix of its multi-frame classes
+SAME_DIRECTION = 5e-3  # largest difference between equal direction cosines, which anonymisers round
 COMPONENTS = {"P": "phase", "PHASE": "phase", "R": "real", "REAL": "real", "I": "imaginary", "IMAGINARY": "imaginary"}
 GE_COMPONENTS = {1: "phase", 2: "real", 3: "imaginary"}
 
 
 class Slice(NamedTuple):
-    """What a file, a frame of one or a tile of a mosaic says of its place and values. Empty lists stand for what it does not say."""
+    """Position and values of one slice: a file, a frame or a mosaic tile. Unknown lists are empty."""
 
     file: str
     frame: int | None  # from 0; None: the file is one plane
@@ -59,14 +59,14 @@ class Slice(NamedTuple):
     echo_number: str
     echo_time: float | None  # in ms
     component: str  # magnitude, phase, real or imaginary
-    tiles: int  # of the mosaic that it is one of; 0: none
-    result: bool  # of an earlier super-resolution
-    padding: tuple[int, int] | None  # smallest and largest stored value that stands for no measurement
+    tiles: int  # number of tiles of its mosaic; 0 if it is not in a mosaic
+    result: bool  # whether it is a result of this program
+    padding: tuple[int, int] | None  # smallest and largest stored value of padding
     problem: str = ""  # why it cannot be used
 
 
 def is_dicom(path: str | Path) -> bool:
-    """Whether a file is DICOM, by its content: any name will do, and the preamble may be missing."""
+    """Whether a file is DICOM, by its content, not its name. The preamble may be missing."""
     try:
         with Path(path).open("rb") as stream:
             start = stream.read(132)
@@ -79,7 +79,7 @@ def is_dicom(path: str | Path) -> bool:
     try:
         header = header_of(path)
         return "SOPClassUID" in header or "SeriesInstanceUID" in header
-    except Exception:  # bytes that are anything else
+    except Exception:  # arbitrary bytes
         return False
 
 
@@ -98,14 +98,14 @@ def header_of(file: str | Path) -> pydicom.FileDataset:
 def find_series(folder: str | Path) -> dict[str, list[str]]:
     """Volumes in a folder, without its subfolders: identifier to files, in the order of their positions.
 
-    The identifier is the SeriesInstanceUID; where a series holds several volumes, of different orientation, size, echo or component
-    (magnitude, phase), with a suffix that tells which. ``folder/identifier`` is what :func:`bundle.dicom_volume.load_series` loads.
+    The identifier is the SeriesInstanceUID. If a series holds several volumes of different orientation, size, echo or component
+    (magnitude, phase), a suffix is added. :func:`bundle.dicom_volume.load_series` loads ``folder/identifier``.
     """
     return {identifier: list(dict.fromkeys(s.file for s in slices)) for identifier, slices in volumes_in(folder)[0].items()}
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """Files of a DICOM folder, of a series in one (``folder/identifier``), or of the series that a file is a part of; empty for others."""
+    """Files of a DICOM folder, of a series in one (``folder/identifier``), or of the series to which a file belongs; otherwise empty."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     if not folder.is_dir():
@@ -117,9 +117,9 @@ def files_of(path: str | Path) -> list[Path]:
 
 
 def find_dicom(folder: str | Path, results: bool = False) -> list[str]:
-    """Paths of the volumes in a folder, without its subfolders: the folder itself where it holds one, else ``folder/identifier`` of each.
+    """Paths of the volumes in a folder, without its subfolders: the folder itself if it holds one, else ``folder/identifier`` of each.
 
-    Results of an earlier super-resolution are left out, unless there is nothing else and ``results`` asks for them.
+    Results of this program are left out, unless ``results`` is set and there is nothing else.
     """
     volumes = volumes_in(folder)[0]
     scans = {name: slices for name, slices in volumes.items() if not slices[0].result}
@@ -128,15 +128,14 @@ def find_dicom(folder: str | Path, results: bool = False) -> list[str]:
 
 
 def passed_over(folder: str | Path) -> str:
-    """The DICOM files of a folder that are no slices, each with the reason; empty where there is none."""
+    """DICOM files of a folder that are not slices, each with the reason; empty if there are none."""
     reasons = [f"{Path(file).name} ({why})" for file, why in volumes_in(folder)[1].items()]
     return ", ".join(reasons[:5]) + (f" and {len(reasons) - 5} more" if len(reasons) > 5 else "")
 
 
 def volumes_in(folder: str | Path) -> tuple[dict[str, list[Slice]], dict[str, str]]:
-    """Identifier to slices of each volume in a folder, in the order of their positions; and the files that are no slices, with the reason.
-
-    Copies of a slice, with its SOPInstanceUID, stand behind it in the list.
+    """Identifier to slices of each volume in a folder, in the order of their positions; and the files that are not slices, with the
+    reason. Copies of a slice (same SOPInstanceUID) follow it in the list.
     """
     series: dict[str, list[Slice]] = {}
     others = {}
@@ -148,7 +147,7 @@ def volumes_in(folder: str | Path) -> tuple[dict[str, list[Slice]], dict[str, st
     placed = any(s.position for slices in series.values() for s in slices)
     for uid, slices in series.items() if placed else ():
         nowhere = {s.file: "does not say where it lies" for s in slices if not s.position and not s.orientation}
-        others |= nowhere  # a screenshot of another kind
+        others |= nowhere  # also a kind of screenshot
         series[uid] = [s for s in slices if s.file not in nowhere]
     volumes = {}
     for uid in sorted(series):
@@ -165,7 +164,7 @@ def slices_of(file: str | Path) -> tuple[list[Slice], str]:
     return _slices_of(str(file), stat.st_mtime_ns, stat.st_size)
 
 
-@lru_cache(maxsize=20000)  # a folder of many series is gone through once for each of them
+@lru_cache(maxsize=20000)  # every series in a folder leads to a scan of the whole folder
 def _slices_of(file: str, *changed: int) -> tuple[list[Slice], str]:
     try:
         header = header_of(file)
@@ -185,7 +184,7 @@ def _slices_of(file: str, *changed: int) -> tuple[list[Slice], str]:
 
 
 def _frames(file: str, header: Dataset) -> list[Slice]:
-    """The slice of a file, or all that are in it: enhanced DICOM keeps what they share apart from what each has of its own."""
+    """The slices in a file. Enhanced DICOM stores shared and per-frame values separately."""
     name, count = Path(file).name, int(header.get("NumberOfFrames") or 1)
     shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
     frames = header.get("PerFrameFunctionalGroupsSequence") or [Dataset()] * count
@@ -230,33 +229,33 @@ def _frames(file: str, header: Dataset) -> list[Slice]:
 
 
 def _padding(header: Dataset) -> tuple[int, int] | None:
-    """Stored values outside the measured part. Some headers give a signed value for unsigned pixels, or the reverse."""
+    """Smallest and largest stored value of padding. Some headers give a signed value for unsigned pixels, or the reverse."""
     bits, signed = int(header.get("BitsStored") or 16), int(header.get("PixelRepresentation") or 0)
-    told = [header.get(key) for key in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
-    if not isinstance(told[0], int):
+    limits = [header.get(key) for key in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    if not isinstance(limits[0], int):
         return None
-    values = [int(value) % 2**bits for value in told if isinstance(value, int)]
+    values = [int(value) % 2**bits for value in limits if isinstance(value, int)]
     values = [value - 2**bits if signed and value >= 2 ** (bits - 1) else value for value in values]
     return min(values), max(values)
 
 
 def _tiles(plane: Slice, header: Dataset) -> list[Slice]:
-    """The slices of a Siemens mosaic, which lie beside each other in one plane; those of any other plane are itself."""
+    """The slices of a Siemens mosaic, which lie side by side in one plane; any other plane is returned as it is."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nibabel calls its reader of Siemens' headers experimental, whoever imports it
+        warnings.simplefilter("ignore")  # importing nibabel's reader of Siemens headers warns that it is experimental
         from nibabel.nicom import csareader
     csa = csareader.get_csa_header(header, "image") if (0x0029, 0x0010) in header else None
     tags = (csa or {}).get("tags", {})
     block = header.get((0x0019, 0x0010))
-    told = header.get((0x0019, 0x100A)) if block is not None and "SIEMENS" in str(block.value).upper() else None
-    count = int(told.value) if told is not None else int((csareader.get_n_mosaic(csa) if "NumberOfImagesInMosaic" in tags else 0) or 0)
+    number = header.get((0x0019, 0x100A)) if block is not None and "SIEMENS" in str(block.value).upper() else None
+    count = int(number.value) if number is not None else int((csareader.get_n_mosaic(csa) if "NumberOfImagesInMosaic" in tags else 0) or 0)
     is_mosaic = "MOSAIC" in (header.get("ImageType") or [])
     if not is_mosaic and count < 2:
         return [plane]
     side = int(np.ceil(np.sqrt(count)))
     height, width = (n // max(side, 1) for n in plane.size)
     if count < 1 or height * side != plane.size[0] or width * side != plane.size[1]:
-        n = f"{count} slices do not fill {plane.size[0]} x {plane.size[1]} pixels" if count else "the number of its slices is not told"
+        n = f"{count} slices do not fill {plane.size[0]} x {plane.size[1]} pixels" if count else "the number of its slices is unknown"
         return [plane._replace(problem=f"a Siemens mosaic that cannot be unfolded: {n}")]
     step = plane.distance or plane.thickness
     if len(plane.position) != 3 or len(plane.orientation) != 6 or len(plane.spacing) != 2 or step is None:
@@ -264,7 +263,7 @@ def _tiles(plane: Slice, header: Dataset) -> list[Slice]:
     row, column = np.reshape(plane.orientation, (2, 3))
     normal = csareader.get_slice_normal(csa) if "SliceNormalVector" in tags else None
     normal = np.cross(row, column) if normal is None else normal
-    # the position is that of one large slice around the same centre
+    # the header gives the position of one large slice with the same centre
     corner = np.asarray(plane.position) + row * plane.spacing[1] * (plane.size[1] - width) / 2
     corner = corner + column * plane.spacing[0] * (plane.size[0] - height) / 2
     tile = plane._replace(size=(height, width), tiles=count)
@@ -274,19 +273,19 @@ def _tiles(plane: Slice, header: Dataset) -> list[Slice]:
     ]
 
 
-def _component(header: Dataset, told: str | None) -> str:
+def _component(header: Dataset, component: str | None) -> str:
     ge = header.get((0x0043, 0x102F))
     if ge is not None and "GEMS" in str(header.get((0x0043, 0x0010), "")):
         return GE_COMPONENTS.get(int(np.ravel(ge.value)[0]), "magnitude")
     image_type = header.get("ImageType") or []
-    values = [told or "", *([image_type] if isinstance(image_type, str) else image_type)[2:]]
+    values = [component or "", *([image_type] if isinstance(image_type, str) else image_type)[2:]]
     words = [value.replace(" ", "_").split("_")[0].upper() for value in values]
     return next((COMPONENTS[word] for word in words if word in COMPONENTS), "magnitude")
 
 
 def _parts(slices: list[Slice]) -> dict[str, list[Slice]]:
-    """The volumes in a series, by a label that tells them apart: each of one size, orientation, and echo and component where several
-    slices lie at one place."""
+    """The volumes in a series, each with a label that distinguishes it. A volume has one size and one orientation, and, if several slices
+    have the same position, one echo and one component."""
     found: list[tuple[list[str], list[Slice]]] = []
     directions: list[list[float]] = []
     groups: dict[tuple[tuple[int, int], int], list[Slice]] = {}
@@ -309,7 +308,7 @@ def _parts(slices: list[Slice]) -> dict[str, list[Slice]]:
 
 
 def _apart(slices: list[Slice], depth: int = 0) -> list[tuple[list[str], list[Slice]]]:
-    """Split slices that lie at one place by echo and component, each with its labels."""
+    """Split slices at the same position by echo and component, with labels."""
     keys: list[Callable[[Slice], str]] = [
         lambda s: "" if s.component == "magnitude" else s.component,
         lambda s: f"echo{s.echo_number}" if s.echo_number else "",
@@ -325,7 +324,7 @@ def _apart(slices: list[Slice], depth: int = 0) -> list[tuple[list[str], list[Sl
 
 
 def _repeats(slices: list[Slice]) -> bool:
-    """Whether two slices that are no copies lie at one place."""
+    """Whether two slices that are not copies have the same position."""
     unique = {(s.uid or s.file, s.frame, tuple(s.position)): tuple(round(p, 3) for p in s.position) for s in slices}
     return len(set(unique.values())) < len(unique)
 
@@ -354,6 +353,6 @@ def _number(value: Any, default: float) -> float:
 
 
 def _positive(value: Any) -> float | None:
-    """A number above zero, or None: headers hold zeros and empty values for what is not known."""
+    """A number above zero, or ``None``: headers mark unknown values by 0 or by an empty value."""
     number = _number(value, 0.0)
     return number if 0 < number < np.inf else None

@@ -1,4 +1,4 @@
-"""A result as a DICOM series, derived from the one that it was made of."""
+"""A result as a DICOM series, derived from the series of the input."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from .results import DICOM_ENDING, Results
 __all__ = ["SaveDicomd", "derived_series", "write_folder"]
 
 NAME = "brain_mri_super_resolution"
-LARGEST = 32767  # of a signed value of 16 bits
-FINE_ENOUGH = 1000  # whole steps up to the largest magnitude
+LARGEST = 32767  # largest signed value of 16 bits
+FINE_ENOUGH = 1000  # number of whole steps up to the largest magnitude
 
-# What is true of the result as it is of its source, by module of the standard. Nothing else is copied: no private element, nothing
+# Elements of the source that also apply to the result, by module of the standard. Nothing else is copied: no private elements, nothing
 # about the source's pixels.
 PATIENT = (
     "PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex PatientAge PatientSize PatientWeight OtherPatientIDs "
@@ -51,7 +51,7 @@ ACQUISITION = (
     "ImagingFrequency ContrastBolusAgent LossyImageCompression LossyImageCompressionRatio LossyImageCompressionMethod"
 )
 COPIED = f"SpecificCharacterSet TimezoneOffsetFromUTC {PATIENT} {STUDY} {SERIES} {EQUIPMENT} {ACQUISITION}".split()
-# the standard wants these, if only empty; what is not known of a sequence counts as research mode
+# required by the standard, even if empty; an unknown sequence counts as research mode (RM)
 EMPTY = (
     "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName Manufacturer "
     "PatientPosition PositionReferenceIndicator ScanOptions MRAcquisitionType RepetitionTime EchoTime EchoTrainLength"
@@ -62,17 +62,17 @@ REQUIRED: dict[str, str | None] = dict.fromkeys(EMPTY.split()) | {
     "BodyPartExamined": "BRAIN",
 }
 
-IDENTITY = "SpecificCharacterSet PatientName PatientID StudyInstanceUID StudyID AccessionNumber FrameOfReferenceUID"  # valid or not
+IDENTITY = "SpecificCharacterSet PatientName PatientID StudyInstanceUID StudyID AccessionNumber FrameOfReferenceUID"  # even if invalid
 
 logger = logging.getLogger(__name__)
 
 
 class SaveDicomd(MapTransform):
-    """Write a volume that came as DICOM as a series, too: ``<name>_sr_dicom/``, one file a slice. The folder appears only when complete.
+    """Write a volume that came as DICOM also as a series: ``<name>_sr_dicom/``, one file per slice. The folder is written atomically.
 
     Args:
         keys: volumes (1, X, Y, Z) in the orientation and the units of the input, see :func:`bundle.dicom_volume.load_series`.
-        results: of the run. Where it writes no DICOM, the series of an earlier result is removed.
+        results: results of the run. If they include no DICOM, the series of an earlier result is removed.
     """
 
     def __init__(self, keys: KeysCollection, results: Results) -> None:
@@ -87,24 +87,24 @@ class SaveDicomd(MapTransform):
             if not self.results.dicom:
                 _remove(folder)
             elif "dicom_slices" not in image.meta:
-                logger.warning("%s: no DICOM, so none is written: there is no patient and no study that it would belong to", name)
+                logger.warning("%s: not DICOM, so no DICOM is written: there is no patient and no study for it", name)
             elif image.meta.get("modality") != "MR":
-                logger.warning("%s: no DICOM is written, its modality is %s and not MR", name, image.meta.get("modality") or "not told")
+                logger.warning("%s: no DICOM is written, its modality is %s and not MR", name, image.meta.get("modality") or "unknown")
             else:
                 write_folder(folder, partial(_write, derived_series(image, self.results.settings)))
         return data
 
 
 def derived_series(image: MetaTensor, settings: dict) -> list[Dataset]:
-    """Datasets of a series of MR images, one for each plane of the last axis of a volume.
+    """Datasets of a series of MR images, one for each plane along the last axis of a volume.
 
     Args:
-        image: (1, X, Y, Z) with its affine; ``meta`` as of :func:`bundle.dicom_volume.load_series`.
+        image: (1, X, Y, Z) with its affine; ``meta`` is that of :func:`bundle.dicom_volume.load_series`.
         settings: settings of the run: the same input and settings give the same UIDs.
 
     Returns:
-        The patient, study and frame of reference are those of the source. Stored values times RescaleSlope agree with the volume's to
-        half a RescaleSlope: 0.5 where the largest magnitude is from 1000 to 32767, else 1/65534 of it.
+        Datasets with the patient, study and frame of reference of the source. Stored values times RescaleSlope agree with the volume to
+        half a RescaleSlope: 0.5 if the largest magnitude is from 1000 to 32767, else 1/65534 of the largest magnitude.
     """
     sources = [slices_of(file)[0][frame or 0] for file, frame in json.loads(image.meta["dicom_slices"])]
     common = _common(sources[0], image, settings, [s.uid for s in sources])
@@ -141,10 +141,10 @@ def derived_series(image: MetaTensor, settings: dict) -> list[Dataset]:
 
 
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary folder)`` and move the result to ``folder``: whoever looks finds a complete folder or none."""
+    """Call ``write(temporary folder)`` and rename the result to ``folder``, so that it is always complete or absent."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".part-{os.getpid()}-{folder.name}")
-    for left in [part, *(p for p in folder.parent.glob(".part-*") if p.name.endswith(f"-{folder.name}"))]:  # by a process that was killed
+    for left in [part, *(p for p in folder.parent.glob(".part-*") if p.name.endswith(f"-{folder.name}"))]:  # from killed processes
         shutil.rmtree(left, ignore_errors=True)
     try:
         part.mkdir()
@@ -170,7 +170,7 @@ def _write(series: Sequence[Dataset], folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove the series of an earlier result, and nothing else."""
+    """Remove the series of an earlier result, but no other files."""
     if not folder.is_dir() or folder.is_symlink():
         return
     for file in folder.glob("[0-9]*.dcm"):
@@ -181,9 +181,9 @@ def _remove(folder: Path) -> None:
 
 
 def _common(source: Slice, image: MetaTensor, settings: dict, uids: Sequence[str]) -> Dataset:
-    """What all files of a series share, from the header of a source file."""
+    """Elements that all files of a series share, from the header of a source file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of values of the source that do not follow the standard
+        warnings.simplefilter("ignore")  # about values of the source that do not follow the standard
         header = header_of(source.file)
         ds = Dataset()
         for key in COPIED:
@@ -194,7 +194,7 @@ def _common(source: Slice, image: MetaTensor, settings: dict, uids: Sequence[str
         if key not in ds or (value and not ds[key].VM):
             setattr(ds, key, value)
     if "Laterality" not in ds and ds.BodyPartExamined not in ("BRAIN", "HEAD", "SKULL"):
-        ds.Laterality = ""  # wanted of what may be one of a pair
+        ds.Laterality = ""  # required for body parts that may be paired
     image_type = header.get("ImageType") or []
     kind = [value for value in ([image_type] if isinstance(image_type, str) else image_type)[2:] if value and value != "MOSAIC"]
     ds.ImageType = ["DERIVED", "SECONDARY", *(kind or ["OTHER"])]
@@ -221,7 +221,7 @@ def _common(source: Slice, image: MetaTensor, settings: dict, uids: Sequence[str
 
 
 def _is_valid(element: DataElement) -> bool:
-    """Whether an element has values, and the standard allows them: what is wrong in the source need not be in the result."""
+    """Whether an element has values that the standard allows, so that errors of the source are not copied."""
     values = element.value if element.VM > 1 else [element.value]
     try:
         for value in values if element.VR != "SQ" else []:
@@ -232,7 +232,7 @@ def _is_valid(element: DataElement) -> bool:
 
 
 def _add_acquisition(ds: Dataset, header: Dataset) -> None:
-    """Of an enhanced source: the times that its groups hold, under the names that they have in files of one slice."""
+    """Add the times and the flip angle from the groups of an enhanced source, under the names that single-slice files use."""
     shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
     frame = (header.get("PerFrameFunctionalGroupsSequence") or [Dataset()])[0]
 
@@ -251,7 +251,7 @@ def _add_acquisition(ds: Dataset, header: Dataset) -> None:
 
 
 def _slope(largest: float) -> float:
-    """Value of one step of the stored numbers: 1 where that is fine enough, for many viewers expect no other of MR."""
+    """RescaleSlope: 1 if that is fine enough, because many viewers expect 1 for MR."""
     if FINE_ENOUGH <= largest <= LARGEST:
         return 1.0
     return float(f"{max(largest / LARGEST, 1e-12) * (1 + 1e-6):.7g}")  # rounded up: a decimal that a header can hold
@@ -268,7 +268,7 @@ def _reference(source: Slice) -> Dataset:
 
 def _code(keyword: str) -> Dataset:
     """A code of DICOM's own scheme."""
-    from pydicom.sr.codedict import codes  # takes a tenth of a second, which runs without DICOM need not spend
+    from pydicom.sr.codedict import codes  # imported here because it takes a tenth of a second
 
     code, ds = getattr(codes.DCM, keyword), Dataset()
     ds.CodeValue, ds.CodingSchemeDesignator, ds.CodeMeaning = code.value, code.scheme_designator, code.meaning
@@ -276,11 +276,11 @@ def _code(keyword: str) -> Dataset:
 
 
 def _uid(*words: Any) -> str:
-    """A UID that the same words always give, of the kind that is derived from a UUID."""
+    """A reproducible UID derived from a UUID of the words."""
     digest = hashlib.sha256("\0".join(map(str, words)).encode()).digest()
     return f"2.25.{uuid.UUID(bytes=digest[:16], version=5).int}"
 
 
 def _decimals(numbers: Sequence[float] | np.ndarray) -> list[DSfloat]:
-    """Numbers as text of 16 characters at most."""
+    """Numbers as text of at most 16 characters."""
     return [DSfloat(float(number), auto_format=True) for number in numbers]

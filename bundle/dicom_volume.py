@@ -1,4 +1,4 @@
-"""From the slices of a DICOM series to a volume with its affine, and what its header says."""
+"""From the slices of a DICOM series to a volume with its affine and facts from its header."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from .errors import InputError
 
 __all__ = ["TO_RAS", "check_slices", "grid_of_series", "load_series", "make_one_stack", "write_file"]
 
-TOLERANCE = 0.05  # of the slice distance: how far a slice may lie from its place on an even grid
-TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM's coordinates grow to the left and to the back
+TOLERANCE = 0.05  # of the slice distance: largest deviation of a slice from an even grid
+TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM coordinates increase to the left and to the back
 
 
 def load_series(path: str | Path) -> MetaTensor:
-    """The volume of a DICOM folder, of a series in one (``folder/identifier``), or of the series that a file is a part of.
+    """The volume of a DICOM folder, of a series in one (``folder/identifier``), or of the series to which a file belongs.
 
     Args:
-        path: as :func:`bundle.dicom.find_series` names it, or a file.
+        path: folder, ``folder/identifier`` (see :func:`bundle.dicom.find_series`), or file.
 
     Returns:
-        (1, columns, rows, slices) in float32, with its affine (mm, RAS). ``meta`` tells ``"modality"``; ``"slice_thickness"`` where it
-        is known and ``"slice_spacing"``, the distance of the slices' centres, both in mm; ``"remarks"``, what is odd, a line each; and
+        (1, columns, rows, slices) in float32, with its affine (mm, RAS). ``meta`` holds ``"modality"``; ``"slice_thickness"`` (mm, if
+        known); ``"slice_spacing"``, the distance between slice centres (mm); ``"remarks"``, anything unusual, one line each; and
         ``"dicom_slices"``, a JSON list of the file and frame of each slice.
 
     Raises:
-        InputError: naming what is wrong: no such series, several of them, slices that make up no volume, pixels that cannot be read.
+        InputError: with the reason: no such series, several series, slices that do not form a volume, unreadable pixels.
     """
     source = Path(path)
     found, remarks = _chosen(source)
@@ -79,7 +79,7 @@ def load_series(path: str | Path) -> MetaTensor:
 
 
 def _fill_padding(volume: np.ndarray, padding: np.ndarray) -> list[str]:
-    """Give padding far from all other values the smallest of these, in place; returns remarks."""
+    """Replace padding that is far from all other values by the smallest of these, in place; returns remarks."""
     if not padding.any() or padding.all():
         return []
     low, high = volume.min(where=~padding, initial=np.inf), volume.max(where=~padding, initial=-np.inf)
@@ -91,10 +91,10 @@ def _fill_padding(volume: np.ndarray, padding: np.ndarray) -> list[str]:
 
 
 def grid_of_series(path: str | Path) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Columns, rows and slices of the volume that :func:`load_series` would return, and its affine (mm, RAS); no pixel is read.
+    """Columns, rows and slices of the volume that :func:`load_series` would return, and its affine (mm, RAS). Reads no pixels.
 
     Raises:
-        InputError: as :func:`load_series`.
+        InputError: like :func:`load_series`.
     """
     slices, _ = _without_copies(_chosen(Path(path))[0])
     rows, columns = slices[0].size
@@ -102,17 +102,17 @@ def grid_of_series(path: str | Path) -> tuple[tuple[int, int, int], np.ndarray]:
 
 
 def check_slices(series: str, slices: Sequence[Slice]) -> tuple[np.ndarray, float]:
-    """Refuse slices that do not lie one above the other at equal distances: readers would silently stretch the gap away.
+    """Refuse slices that are not stacked at equal distances; readers would silently close gaps.
 
     Args:
         series: name for messages.
         slices: in the order of their positions.
 
     Returns:
-        affine from (column, row, slice) to RAS in mm, and the distance of the slices in mm.
+        affine from (column, row, slice) to RAS in mm, and the distance between slices in mm.
 
     Raises:
-        InputError: naming the slices between which one is missing, those at one position, or what else is wrong.
+        InputError: with the reason and the slices concerned, such as those between which one is missing.
     """
     first = slices[0]
     for slice_ in slices:
@@ -142,7 +142,7 @@ def check_slices(series: str, slices: Sequence[Slice]) -> tuple[np.ndarray, floa
 
 
 def make_one_stack(parts: Sequence[Sequence[Slice]]) -> bool:
-    """Whether slices of one series from several folders make up one volume together: they were filed apart. Copies do not."""
+    """Whether slices of one series from several folders form one volume together. Copies do not."""
     slices = in_order([slice_ for part in parts for slice_ in part])
     if len({(s.size, s.component, tuple(np.round(s.orientation, 2))) for s in slices}) > 1:
         return False
@@ -154,9 +154,9 @@ def make_one_stack(parts: Sequence[Sequence[Slice]]) -> bool:
 
 
 def _even_distance(series: str, slices: Sequence[Slice], positions: np.ndarray, normal: np.ndarray, in_plane: np.ndarray) -> float:
-    """Distance of slices along their normal, (3,), in mm; that of a single one is what its header says."""
+    """Distance between slices along their normal, (3,), in mm; for a single slice, the distance in its header."""
     if len(slices) == 1:
-        return _told_distance(slices[0]) or 1.0
+        return _header_distance(slices[0]) or 1.0
     places, names = positions @ normal, [s.name for s in slices]
     distances = np.diff(places)
     distance = float(np.median(distances))
@@ -180,7 +180,7 @@ def _even_distance(series: str, slices: Sequence[Slice], positions: np.ndarray, 
 
 
 def _chosen(source: Path) -> tuple[list[Slice], list[str]]:
-    """The slices that a path stands for, copies among them, and remarks."""
+    """The slices of the volume at a path, including copies, and remarks."""
     folder = source if source.is_dir() else source.parent
     if source.is_file() and not slices_of(source)[0]:
         raise InputError(f"{source}: no slice of a scan ({slices_of(source)[1]})")
@@ -206,7 +206,7 @@ def _chosen(source: Path) -> tuple[list[Slice], list[str]]:
 
 
 def _without_copies(slices: Sequence[Slice]) -> tuple[list[Slice], list[tuple[Slice, Slice]]]:
-    """Slices, and the copies among them, each with what it is a copy of."""
+    """Slices without copies, and the copies, each with its original."""
     kept: dict[tuple, Slice] = {}
     copies = []
     for slice_ in slices:
@@ -218,7 +218,7 @@ def _without_copies(slices: Sequence[Slice]) -> tuple[list[Slice], list[tuple[Sl
 
 
 def _without_twins(slices: Sequence[Slice], planes: _Planes) -> tuple[list[Slice], list[Slice]]:
-    """Slices, and those left out because the one before lies at the same place and has the same pixels, under another UID."""
+    """Slices without repetitions, and the repetitions: slices with the position and the pixels of the one before, but another UID."""
     kept, twins = list(slices[:1]), list[Slice]()
     for slice_ in slices[1:]:
         before, single = kept[-1], slice_.frame is None and len(slice_.position) == 3
@@ -227,10 +227,10 @@ def _without_twins(slices: Sequence[Slice], planes: _Planes) -> tuple[list[Slice
     return kept, twins
 
 
-def _told_distance(slice_: Slice) -> float | None:
-    """Distance of slices that a header tells: the larger of both numbers, for some scanners write the gap for the distance."""
-    told = [value for value in (slice_.distance, slice_.thickness) if value]
-    return max(told) if told else None
+def _header_distance(slice_: Slice) -> float | None:
+    """Slice distance from the header: the larger of two values, because some scanners write the gap as the distance."""
+    values = [value for value in (slice_.distance, slice_.thickness) if value]
+    return max(values) if values else None
 
 
 def _remarks(slices: Sequence[Slice], distance: float) -> list[str]:
@@ -240,8 +240,8 @@ def _remarks(slices: Sequence[Slice], distance: float) -> list[str]:
     if first.component != "magnitude":
         remarks.append(f"by its header a {first.component} image; the network knows magnitudes")
     if len(slices) == 1:
-        told = f"{distance:.4g} mm thick by its header" if _told_distance(first) else "of unknown thickness, taken as 1 mm"
-        return [*remarks, f"a single slice, {told}"]
+        text = f"{distance:.4g} mm thick by its header" if _header_distance(first) else "of unknown thickness, taken as 1 mm"
+        return [*remarks, f"a single slice, {text}"]
     if first.distance and (not first.thickness or first.distance >= 0.99 * first.thickness) and distance > 1.5 * first.distance:
         remarks.append(f"slices lie {distance:.4g} mm apart, {first.distance:.4g} mm by the header: some may be missing")
     elif first.thickness and abs(distance - first.thickness) > TOLERANCE * distance:
@@ -254,10 +254,10 @@ def _remarks(slices: Sequence[Slice], distance: float) -> list[str]:
 
 
 def write_file(path: str | Path, dataset: pydicom.Dataset) -> None:
-    """Write a dataset, little-endian with explicit VRs or compressed as its file meta information says."""
+    """Write a dataset, little-endian with explicit VRs, or compressed if its file meta information says so."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of values that do not follow the standard, where they come from another file
-        if pydicom.__version_info__[0] == "2":  # what MONAI Label wants
+        warnings.simplefilter("ignore")  # about values copied from another file that do not follow the standard
+        if pydicom.__version_info__[0] == "2":  # the version that MONAI Label requires
             dataset.is_little_endian, dataset.is_implicit_VR = True, False
             pydicom.dcmwrite(path, dataset, write_like_original=False)
         else:
@@ -265,7 +265,7 @@ def write_file(path: str | Path, dataset: pydicom.Dataset) -> None:
 
 
 class _Planes:
-    """The values of slices, (rows, columns) each; the file that was read last is kept for its other frames."""
+    """Pixel values of slices, each (rows, columns). The last file is cached for its other frames."""
 
     def __init__(self, series: str) -> None:
         self.series, self.file, self.frames = series, "", np.empty(0)
@@ -288,7 +288,7 @@ class _Planes:
 
 
 def _stored(file: str) -> np.ndarray:
-    """Stored values of a file, (frames, rows, columns): pydicom's, or those of ITK's GDCM where they are compressed by JPEG's methods."""
+    """Stored values of a file, (frames, rows, columns), read by pydicom or, if compressed by a JPEG method, by ITK's GDCM."""
     ds = pydicom.dcmread(file, force=True)
     meta = ds.file_meta
     if "TransferSyntaxUID" not in meta:  # no preamble
@@ -306,7 +306,7 @@ def _stored(file: str) -> np.ndarray:
 
 
 def _decompressed(ds: pydicom.Dataset) -> np.ndarray:
-    """Stored values by GDCM: of a copy without the rescaling, which ITK would apply, the first frame's to all, rounded to whole numbers."""
+    """Stored values read by GDCM, from a copy without rescaling: ITK would apply that of the first frame to all, and round the result."""
     copy = pydicom.Dataset()
     for key in ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel", "PixelData"):
         copy[key] = ds[key]

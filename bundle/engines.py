@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 
 
 class VolumeInference(SupervisedEvaluator):
-    """Works through a folder of volumes, one per iteration. A volume that fails, at whatever stage, is reported, and the others are
-    still done. Several processes, each with its share of the volumes, report together.
+    """Process a folder of volumes, one per iteration. A volume that fails at any stage is reported, and the others are processed.
+    Several processes divide the volumes and report together.
 
     Args:
-        results: of the run. ``failed.csv`` (volume, reason) appears in its folder when a volume failed.
-        load_weights: whether a handler is meant to load the weights.
-        inspection, postprocessing, saving: transforms of a sample, run one after the other once the network has returned.
+        results: results of the run. If a volume fails, ``failed.csv`` (volume, reason) is written to their folder.
+        load_weights: whether a handler must load the weights.
+        inspection, postprocessing, saving: transforms of a sample that run, in this order, after the network.
         kwargs: of :class:`monai.engines.SupervisedEvaluator`.
 
     Raises:
-        InputError: when weights are to be loaded but no handler loads them: the results would name the wrong weights.
+        InputError: if ``load_weights`` is set but no handler loads them; the results would name the wrong weights.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class VolumeInference(SupervisedEvaluator):
         self.done_before = 0
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]  # MONAI's evaluators take an epoch, Ignite's data
-        """Work through all volumes.
+        """Process all volumes.
 
         Raises:
-            InputError: at the start, when ``output_dir`` cannot be written to; when the disk is full; at the end, when volumes failed
-                (says how many and why the first one did).
+            InputError: at the start, if ``output_dir`` cannot be written to; if the disk is full; at the end, if volumes failed
+                (with their number and the first reason).
         """
         self.failures.clear()
         self.passed_over.clear()
@@ -72,12 +72,12 @@ class VolumeInference(SupervisedEvaluator):
         list_of_failures = self.results.output_dir / "failed.csv"
         try:
             self.results.output_dir.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.results.output_dir).close()  # better known now than after the first volume
+            tempfile.TemporaryFile(dir=self.results.output_dir).close()  # fail before the first volume
             if idist.get_rank() == 0:
                 list_of_failures.unlink(missing_ok=True)  # of an earlier run
         except OSError as e:
             raise InputError(f"{self.results.output_dir}: cannot be written to ({e.strerror})") from e
-        if self.state.epoch_length:  # more processes than volumes leave one without
+        if self.state.epoch_length:  # a process may have no volume
             super().run(global_epoch)
         shares: list = [(self.failures, self.done_before, self.passed_over, self.state.epoch_length)]
         if idist.get_world_size() > 1:
@@ -101,7 +101,7 @@ class VolumeInference(SupervisedEvaluator):
             try:
                 write_atomically(list_of_failures, self._write_failures)
                 where = f"listed in {list_of_failures}"
-            except OSError as e:  # the log has them all
+            except OSError as e:  # the log lists all failures
                 where = f"{list_of_failures} cannot be written ({e.strerror})"
             raise InputError(f"{len(self.failures)} of {total} volumes failed, {where}; {self.failures[0][1]}")
 
@@ -122,15 +122,15 @@ class VolumeInference(SupervisedEvaluator):
             self.save({**item, "pred": self.predict(item["image"])})
         except Exception as e:
             full = full_disk(e)
-            if full is not None:  # every other volume would fail too, after hours perhaps
-                raise InputError(f"{self.results.output_dir}: {full.strerror} at {volume}; start again for the rest") from e
+            if full is not None:  # all other volumes would fail too
+                raise InputError(f"{self.results.output_dir}: {full.strerror} at {volume}; run again for the remaining volumes") from e
             why = reason(e)
             self.failures.append((volume, why if volume in why else f"{volume}: {why}"))
             logger.error("failed: %s", self.failures[-1][1])
         return {}
 
     def predict(self, image: MetaTensor) -> MetaTensor:
-        """What the network makes of a volume (1, X, Y, Z), on the same grid."""
+        """The network's result for a volume (1, X, Y, Z), on the same grid."""
         device = torch.device(self.state.device)  # type: ignore[attr-defined]
         with torch.no_grad():
             return self.inferer(image[None].to(device), self.network)[0]

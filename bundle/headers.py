@@ -34,12 +34,12 @@ __all__ = [
     "strip_extension",
 ]
 
-RESULT_MARK = "super-resolved by brain_mri_super_resolution"  # in the header of every result: never an input again
+RESULT_MARK = "super-resolved by brain_mri_super_resolution"  # in the header of every result, so that folders skip it as input
 NIFTI = (".nii", ".nii.gz", ".img", ".img.gz", ".hdr", ".hdr.gz")  # and Analyze
 FREESURFER = (".mgh", ".mgz", ".mgh.gz")
 META = (".mha", ".mhd")
 NRRD = (".nrrd", ".nhdr")
-# longest first: what is left of a name must be no extension
+# longest first: strip_extension must leave no extension
 EXTENSIONS = tuple(sorted((*NIFTI, *FREESURFER, *META, *NRRD), key=len, reverse=True))
 MM_PER_UNIT = {"unknown": 1.0, "mm": 1.0, "millimeter": 1.0, "micron": 1e-3, "um": 1e-3, "µm": 1e-3, "cm": 10.0, "meter": 1e3, "m": 1e3}
 PLAUSIBLE = (5e-3, 50.0)  # sides of an MRI voxel, in mm
@@ -52,12 +52,12 @@ class Header(NamedTuple):
     channels: int  # values of a voxel: 3 for colours
     affine: np.ndarray  # (4, 4) from index to RAS, in the file's units of length
     dtype: np.dtype
-    intent: str  # of NIfTI: "label", "z score"; "none" where there is none
+    intent: str  # NIfTI intent, such as "label" or "z score"; "none" if unset
 
 
 def file_format(path: str | Path) -> str:
-    """``"nifti"`` (and Analyze), ``"freesurfer"``, ``"metaimage"``, ``"nrrd"`` or ``""``, by the extension in upper or lower case; ``""``
-    for DICOM, whatever its name."""
+    """``"nifti"`` (also Analyze), ``"freesurfer"``, ``"metaimage"``, ``"nrrd"`` or ``""``, by the extension in upper or lower case;
+    always ``""`` for DICOM."""
     name = Path(path).name.lower()
     formats = {"nifti": NIFTI, "freesurfer": FREESURFER, "metaimage": META, "nrrd": NRRD}
     kind = next((kind for kind, extensions in formats.items() if name.endswith(extensions)), "")
@@ -65,7 +65,7 @@ def file_format(path: str | Path) -> str:
 
 
 def strip_extension(name: str) -> str:
-    """Name of a volume's file without its extension, ``.nii.gz`` as a whole.
+    """File name of a volume without its extension; ``.nii.gz`` counts as one.
 
     Example:
         >>> strip_extension("T1.NII.GZ")
@@ -95,7 +95,7 @@ def is_gzip(path: str | Path) -> bool:
 
 
 def _true_ending(path: Path) -> str:
-    """Extension that a NIfTI, Analyze or FreeSurfer file should have: in lower case, that of gzip only where it is."""
+    """Extension that a NIfTI, Analyze or FreeSurfer file should have: in lower case, with ``.gz`` (or ``.mgz``) only for gzip."""
     if file_format(path) == "freesurfer":
         return ".mgz" if is_gzip(path) else ".mgh"
     return path.name[len(strip_extension(path.name)) :].lower().removesuffix(".gz") + ".gz" * is_gzip(path)
@@ -154,14 +154,14 @@ def in_mm(affine: np.ndarray, unit: str) -> tuple[np.ndarray, str]:
         return affine, ""
     sides = nib.affines.voxel_sizes(affine)
     possible = [bool((sides * f > PLAUSIBLE[0]).all() and (sides * f < PLAUSIBLE[1]).all()) for f in (factor, 1)]
-    told = " x ".join(f"{s:.4g}" for s in sides)
+    text = " x ".join(f"{s:.4g}" for s in sides)
     if possible == [False, True]:
-        return affine, f"the header gives voxels of {told} {unit}, which is impossible: taken for mm"
-    return np.diag([factor, factor, factor, 1]) @ affine, f"lengths are in {unit} ({told}): converted to mm"
+        return affine, f"the header gives voxels of {text} {unit}, which is impossible: taken for mm"
+    return np.diag([factor, factor, factor, 1]) @ affine, f"lengths are in {unit} ({text}): converted to mm"
 
 
 def length_unit(image: nib.Nifti1Pair) -> str:
-    """Unit of length of a NIfTI file as :func:`in_mm` takes it; ``"code 5"`` for one that the format does not have."""
+    """Unit of length of a NIfTI file, for :func:`in_mm`; ``"code 5"`` and the like for codes that NIfTI does not define."""
     code = int(image.header["xyzt_units"]) % 8
     return ("unknown", "meter", "mm", "micron")[code] if code < 4 else f"code {code}"
 
@@ -175,7 +175,8 @@ def nrrd_field(path: str | Path, field: str) -> str:
 
 
 def companions(path: str | Path) -> list[Path]:
-    """Files that belong to a volume's file: the other one of ``.hdr`` and ``.img``, or the voxel files that ``.mhd`` or ``.nhdr`` names."""
+    """Files that belong to the file of a volume: the ``.img`` of a ``.hdr`` or the reverse, or the voxel files named in a ``.mhd`` or
+    ``.nhdr``."""
     path = Path(path)
     name, ending = strip_extension(path.name), path.name[len(strip_extension(path.name)) :].lower()
     if ending.startswith((".img", ".hdr")):
@@ -198,8 +199,8 @@ def companions(path: str | Path) -> list[Path]:
 
 
 def sidecar(path: str | Path) -> dict[str, Any]:
-    """What the BIDS sidecars of a volume's file say: ``<name>.json``, and within a BIDS data set those that it inherits from; empty where
-    there is none that can be read."""
+    """Entries of the BIDS sidecars of a volume: of ``<name>.json`` and, within a BIDS data set, of those that it inherits from; empty if
+    none can be read."""
     path = Path(os.path.abspath(path))
     *entities, suffix = strip_extension(path.name).split("_")
     folders = [path.parent]
@@ -210,21 +211,22 @@ def sidecar(path: str | Path) -> dict[str, Any]:
     for folder in folders:  # from the top: the nearer one overrides
         for file in _sidecars(folder, entities, suffix) if top else [folder / (strip_extension(path.name) + ".json")]:
             try:
-                said = json.loads(file.read_text(encoding="utf-8"))
+                content = json.loads(file.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue
-            facts |= said if isinstance(said, dict) else {}
+            facts |= content if isinstance(content, dict) else {}
     return facts
 
 
 def bids_root(path: str | Path) -> Path | None:
-    """The BIDS data set that a file or folder lies in: the nearest folder above with a ``dataset_description.json``; ``None`` outside."""
+    """The BIDS data set that contains a file or folder: the nearest parent with a ``dataset_description.json``; ``None`` outside."""
     parents = Path(os.path.abspath(path)).parents
     return next((folder for folder in parents if (folder / "dataset_description.json").is_file()), None)
 
 
 def _sidecars(folder: Path, entities: list[str], suffix: str) -> list[Path]:
-    """JSON files of a folder that BIDS lets a volume inherit from: its suffix, no entity that it lacks. The most special one last."""
+    """JSON files of a folder from which a volume inherits in BIDS: those with its suffix and no entity that it lacks. The most specific
+    one is last."""
     names = {file: file.stem.split("_") for file in folder.glob(f"*{suffix}.json")}
     return sorted(
         (f for f, words in names.items() if words[-1] == suffix and set(words[:-1]) <= set(entities)), key=lambda f: len(names[f])

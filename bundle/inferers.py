@@ -21,16 +21,16 @@ from .precision import in_precision
 __all__ = ["AutocastInferer", "ForegroundInferer", "OrthogonalSlices", "foreground_box"]
 
 BLOCK = 4  # pixels; boxes start at multiples, so that networks which unshuffle by 2 or 4 group the pixels as in the whole slice
-WIDTHS = (0.5, 1.3)  # slice thickness over slice distance: what lies outside was not trained, and is not told
-MAX_PIXELS = 512 * 192  # computed at once: the feature maps of larger boxes would need more memory than whole volumes
+WIDTHS = (0.5, 1.3)  # slice thickness over slice distance: other values were not trained, and the network does not receive them
+MAX_PIXELS = 512 * 192  # per call of the network: the feature maps of larger boxes would need more memory than whole volumes
 
 
 class AutocastInferer(SimpleInferer):
-    """The network on whole patches; weights, result and gradients are float32 whatever it computes in. MONAI's engines have mixed
-    precision on GPUs alone (``amp``).
+    """Run the network on whole patches, with its convolutions in ``precision``. Weights, result and gradients stay float32. MONAI's
+    own mixed precision (``amp``) is for GPUs only.
 
     Args:
-        precision: what its convolutions compute in (:func:`bundle.precision.choose`).
+        precision: number format of the convolutions (:func:`bundle.precision.choose`).
     """
 
     def __init__(self, precision: str = "float32") -> None:
@@ -38,36 +38,37 @@ class AutocastInferer(SimpleInferer):
         self.precision = precision
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        """(N, C, H, W) -> what the network makes of it, as float32."""
+        """(N, C, H, W) -> the network's result in float32."""
         return super().__call__(inputs, in_precision(network, self.precision), *args, **kwargs)
 
 
 class ForegroundInferer(SliceInferer):
-    """Slice-by-slice inference that computes only where there is anatomy: in each slice, the box around it and a margin.
+    """Slice-by-slice inference of the anatomy only: of each slice, the box around it with a margin.
 
-    Outside of the boxes, and in slices without anatomy, the result is the input. A large box is computed in bands, so that the memory
-    that the network needs is bounded. For networks that map a slice to one of the same size.
+    Outside the boxes the result is the input. Large boxes are computed in bands, which limits the network's memory. The network must
+    map a slice to one of the same size.
 
     Args:
         skip_background: ``False`` computes every pixel, as MONAI's inferer does.
-        threshold: blocks of 4 x 4 pixels whose mean magnitude exceeds it count as anatomy. 1 is the intensity scale; noise of the air lies
-            at a few hundredths, and averages out over a block where it is isolated.
-        margin: pixels around the anatomy that are computed with it, rounded up to blocks, for the network's receptive field. What lies
-            further away matters less; docs/performance.md says how to measure it.
-        positions: whether the network is told the factor of ``inputs.meta["factor"]`` (:func:`bundle.conditions.positions`).
-        facts: whether it is also told what zero-filling would give (:func:`bundle.conditions.zero_filled_excess`), the width of the slice
-            profile, ``inputs.meta["slice_width"]`` where that is known, the noise and the spectrum (:func:`bundle.conditions.conditions`).
-        noise: to tell: standard deviation, as a fraction of the intensity scale; ``None`` tells what is measured.
-        denoise: 1 takes the result as it is; 0 keeps the measured k-space of each slice, with its noise, and takes from the result what
-            lies beyond it; values in between mix (:func:`bundle.conditions.with_measured_kspace`).
-        interpolation: mode by which the slices were interpolated (:func:`bundle.resampling.enlarge`); across thick ones it is ``"spline"``.
-        precision: what the network's convolutions compute in (:func:`bundle.precision.choose`).
-        progress: whether to show a bar, which counts slices.
-        kwargs: of :class:`monai.inferers.SliceInferer`. Its ``roi_size`` and ``sw_batch_size`` hold within a box or band.
+        threshold: blocks of 4 x 4 pixels whose mean magnitude exceeds it count as anatomy. 1 is the intensity scale. Noise in the air is
+            a few hundredths, and single bright pixels average out over a block.
+        margin: pixels around the anatomy that are computed with it, rounded up to blocks, for the network's receptive field.
+            docs/performance.md shows how to measure how much pixels beyond the margin matter.
+        positions: whether the network receives the positions of the pixels (:func:`bundle.conditions.positions`); the factors are
+            ``inputs.meta["factor"]``.
+        facts: whether it also receives the excess of zero-filling (:func:`bundle.conditions.zero_filled_excess`), the width of the slice
+            profile (``inputs.meta["slice_width"]``, if known), the noise and the spectrum (:func:`bundle.conditions.conditions`).
+        noise: standard deviation as a fraction of the intensity scale; ``None`` uses the measured one.
+        denoise: 1 keeps the result as it is; 0 restores the measured k-space of each slice, with its noise, and keeps the result only
+            beyond it; values in between mix (:func:`bundle.conditions.with_measured_kspace`).
+        interpolation: mode by which the slices were interpolated (:func:`bundle.resampling.enlarge`); ``"spline"`` across thick slices.
+        precision: number format of the network's convolutions (:func:`bundle.precision.choose`).
+        progress: whether to show a progress bar of the slices.
+        kwargs: of :class:`monai.inferers.SliceInferer`. Its ``roi_size`` and ``sw_batch_size`` apply within a box or band.
 
     Raises:
-        InputError: when ``skip_background`` is not a switch, ``noise`` or ``denoise`` no fraction.
-        ValueError: when ``threshold`` or ``margin`` is negative.
+        InputError: if ``skip_background`` is neither true nor false, or ``noise`` or ``denoise`` is out of range.
+        ValueError: if ``threshold`` or ``margin`` is negative.
     """
 
     def __init__(
@@ -102,15 +103,15 @@ class ForegroundInferer(SliceInferer):
             every_pixel = super().__call__(inputs, network, *args, **kwargs)
             release_freed_memory()
             return every_pixel
-        told = self._telling(inputs) if self.positions else lambda part, rows, columns: part
-        given = self._with_excess(inputs) if self.facts else lambda part: part
+        add_conditions = self._with_conditions(inputs) if self.positions else lambda part, rows, columns: part
+        add_excess = self._with_excess(inputs) if self.facts else lambda part: part
         axis = self.spatial_dim + 2
         row_axis = 3 if axis == 2 else 2
         sides = [side for n, side in enumerate(inputs.shape[2:]) if n != self.spatial_dim]
         every = slice(0, sides[0]), slice(0, sides[1])
         factors = self._factors(inputs)[0] if self.denoise < 1 else ()
         outputs = inputs.clone()
-        # meta data would be copied with every part
+        # plain tensors: metadata would be copied with every part
         inputs, target = torch.as_tensor(inputs).as_subclass(Tensor), torch.as_tensor(outputs).as_subclass(Tensor)
 
         def window(n: int, rows: slice, columns: slice) -> list[slice]:
@@ -121,9 +122,9 @@ class ForegroundInferer(SliceInferer):
             box = foreground_box(inputs.select(axis, n), self.threshold, self.margin) if self.skip_background else every
             if box is None:
                 continue
-            whole = given(inputs.narrow(axis, n, 1))
+            whole = add_excess(inputs.narrow(axis, n, 1))
             for kept, rows, columns in bands(box, self.margin, MAX_PIXELS) if self.skip_background else [(box[0], *box)]:
-                part = told(whole[*window(0, rows, columns)], rows, columns)
+                part = add_conditions(whole[*window(0, rows, columns)], rows, columns)
                 result: Any = super().__call__(part, network, *args, **kwargs)
                 target[*window(n, kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
             if self.denoise < 1:
@@ -133,8 +134,8 @@ class ForegroundInferer(SliceInferer):
         release_freed_memory()
         return outputs
 
-    def _telling(self, inputs: Tensor) -> Callable[[Tensor, slice, slice], Tensor]:
-        """Adds what is known of it, as channels, to a part of a slice."""
+    def _with_conditions(self, inputs: Tensor) -> Callable[[Tensor, slice, slice], Tensor]:
+        """A function that adds the condition maps, as channels, to a part of a slice."""
         factors, across = self._factors(inputs)
         axis = self.spatial_dim + 2
         if self.facts:
@@ -145,27 +146,27 @@ class ForegroundInferer(SliceInferer):
             noise, spectrum = spectral_facts(measured_samples(planes, factors, self.interpolation))
             noise = noise if self.noise is None else self.noise
 
-        def told(part: Tensor, rows: slice, columns: slice) -> Tensor:
+        def conditioned(part: Tensor, rows: slice, columns: slice) -> Tensor:
             maps = conditions(factors, rows, columns, widths, noise, spectrum) if self.facts else subpixel_positions(factors, rows, columns)
             maps = maps.to(inputs.device, inputs.dtype).unsqueeze(axis - 1)
             return torch.cat([part, maps.expand(len(part), *maps.shape)], 1)
 
-        return told
+        return conditioned
 
     def _with_excess(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
-        """Adds the excess of zero-filling, as a channel, to some of the slices."""
+        """A function that adds the excess of zero-filling, as a channel, to slices."""
         factors, across = self._factors(inputs)
         axis = self.spatial_dim + 2
 
-        def given(part: Tensor) -> Tensor:
+        def with_excess(part: Tensor) -> Tensor:
             planes = torch.as_tensor(part).as_subclass(Tensor).movedim(axis, 0)
             excess = zero_filled_excess(planes, factors, across, self.interpolation)
             return torch.cat([planes, excess], 2).movedim(0, axis)
 
-        return given
+        return with_excess
 
     def _factors(self, inputs: Tensor) -> tuple[list[float], list[bool]]:
-        """Factors of the rows and columns of the slices, and which of them go across thick slices: the last axis of a volume does."""
+        """Factors of the rows and columns of the slices, and which of them run across thick slices: only the last axis of a volume does."""
         factors = [float(factor) for factor in [*inputs.meta["factor"], 1.0][:3]]  # type: ignore[attr-defined]  # of slices, in-plane
         across = [False, False, factors[2] > 1]
         del factors[self.spatial_dim], across[self.spatial_dim]
@@ -173,24 +174,24 @@ class ForegroundInferer(SliceInferer):
 
 
 class OrthogonalSlices(Inferer):
-    """Run a network of slices on the two families of planes that contain the last axis, across which slices are thick, and average.
+    """Apply a network to the two sets of planes that contain the last, thick axis, and average the results.
 
     Args:
         denoise: must be 1: across thick slices there is no measured k-space to keep.
         kwargs: of :class:`ForegroundInferer`.
 
     Raises:
-        InputError: for another ``denoise``.
+        InputError: if ``denoise`` is not 1.
     """
 
     def __init__(self, denoise: float = 1.0, **kwargs: Any) -> None:
         if denoise != 1:
             raise InputError(f"denoise is for slices within their plane: with thick slices it must be 1, got {denoise!r}")
-        self.families = [ForegroundInferer(roi_size=(-1, -1), spatial_dim=axis, **kwargs) for axis in (0, 1)]
+        self.inferers = [ForegroundInferer(roi_size=(-1, -1), spatial_dim=axis, **kwargs) for axis in (0, 1)]
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Volumes (N, 1, X, Y, Z) to the same shape."""
-        first, second = (torch.as_tensor(family(inputs, network, *args, **kwargs)) for family in self.families)
+        first, second = (torch.as_tensor(inferer(inputs, network, *args, **kwargs)) for inferer in self.inferers)
         return (first + second) / 2
 
 
@@ -202,7 +203,7 @@ def foreground_box(image: Tensor, threshold: float, margin: int) -> tuple[slice,
         threshold, margin: see :class:`ForegroundInferer`.
 
     Returns:
-        rows and columns; ``None`` when there is no anatomy.
+        rows and columns; ``None`` if there is no anatomy.
 
     Example:
         >>> image = torch.zeros(1, 1, 40, 41)
@@ -224,8 +225,8 @@ def foreground_box(image: Tensor, threshold: float, margin: int) -> tuple[slice,
 
 
 def bands(box: tuple[slice, slice], margin: int, max_pixels: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Parts of a box, none of more than about ``max_pixels``: the rows that a part gives, those computed for it (with the ``margin``, as
-    far as the box has one), and its columns.
+    """Split a box into bands of at most about ``max_pixels``: for each, the rows to keep, the rows to compute (with the ``margin``,
+    within the box), and the columns.
 
     Example:
         >>> list(bands((slice(8, 40), slice(0, 10)), margin=4, max_pixels=200))

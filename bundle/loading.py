@@ -1,4 +1,4 @@
-"""Loading: from a path to a checked volume (1, X, Y, Z) with what its header says."""
+"""Loading: from a path to a checked volume (1, X, Y, Z) with facts from its header."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ logger = logging.getLogger(__name__)
 
 
 class LoadVolumed(MapTransform):
-    """Load a volume and refuse, by name, whatever is not one.
+    """Load a volume, or raise an error that names the file.
 
     :class:`monai.transforms.LoadImage` reads files, :func:`bundle.dicom_volume.load_series` DICOM.
 
     NIfTI: the sform is used if it is set, otherwise the qform. Lengths become mm, complex values become their magnitude, NaN outside the
-    head becomes 0. Guesses and repairs are told in the log and in ``meta["remarks"]``, a line each. ``meta["intensity_range"]`` holds the
-    smallest and largest value. ``meta["modality"]`` and ``meta["slice_thickness"]`` (mm) are there if the file or its sidecar says so.
+    head becomes 0. Assumptions and corrections are logged and added to ``meta["remarks"]``, one line each. ``meta["intensity_range"]``
+    holds the smallest and largest value. ``meta["modality"]`` and ``meta["slice_thickness"]`` (mm) are set if the file or its sidecar
+    contains them.
 
     Args:
         keys: file names (NIfTI, Analyze, FreeSurfer, MetaImage, NRRD), DICOM folders or series (see :func:`bundle.subjects.find_volumes`).
-        reader: MONAI reader, by name; ``None`` takes nibabel for NIfTI, Analyze and FreeSurfer, ITK for the rest.
+        reader: name of a MONAI reader; ``None`` uses nibabel for NIfTI, Analyze and FreeSurfer, and ITK for the others.
 
     Raises:
-        InputError: naming the file and the reason, for a file that cannot be read or holds no single-channel volume with
-            finite, varying intensities; for a DICOM series with gaps.
+        InputError: with the file and the reason, if the file cannot be read or is not a single-channel volume with finite, varying
+            intensities, or if a DICOM series has gaps.
     """
 
     def __init__(self, keys: KeysCollection, reader: str | None = None) -> None:
@@ -85,7 +86,7 @@ class LoadVolumed(MapTransform):
         remarks.append(f"looks like {kind}, not like a scan: the result may mean nothing" if kind else "")
         if source.is_file():
             remarks.append(_follow_sidecar(image, sidecar(source)))
-        image.meta["filename_or_obj"] = str(path)  # of a DICOM folder, readers keep one file or a list
+        image.meta["filename_or_obj"] = str(path)  # for a DICOM folder, readers store one file or a list
         image.meta["intensity_range"] = [float(image.min()), float(image.max())]
         image.meta["remarks"] = "\n".join(filter(None, remarks))
         for remark in filter(None, remarks):
@@ -128,14 +129,14 @@ class LoadVolumed(MapTransform):
         return image, remarks
 
     def _reader(self, source: Path) -> ImageReader:
-        # one reader and no other: MONAI would try all it knows in turn, among them numpy's, which runs what a pickle tells it to
+        # exactly one reader: MONAI would try all in turn, including NumPy's, which runs pickles
         kind = file_format(source)
         name = self.reader or ("NibabelReader" if kind in ("nifti", "freesurfer") else "ITKReader")
         return ITKReader(imageio=itk_reader(source)) if name == "ITKReader" and itk_reader(source) else getattr(monai.data, name)()
 
 
 def _check_bytes(source: Path) -> None:
-    """Read a file to its end, and say why where that is not possible: nibabel does not look at gzip's checksum."""
+    """Read a file to its end to find damage: nibabel ignores gzip's checksum."""
     with gzip.open(source) if is_gzip(source) else source.open("rb") as stream:
         while stream.read(1 << 24):
             pass
@@ -143,17 +144,17 @@ def _check_bytes(source: Path) -> None:
 
 def _why_not_read(error: BaseException) -> str:
     if isinstance(error, MemoryError):
-        return "it would need more memory than there is"
+        return "not enough memory"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = [line.strip() for line in str(error).split("\n\n")[0].strip().splitlines()] or [type(error).__name__]
-    return " ".join(lines[-2:]) if lines[-1].startswith("-") else lines[-1]  # nibabel goes on after a dash
+    return " ".join(lines[-2:]) if lines[-1].startswith("-") else lines[-1]  # nibabel continues a line after a dash
 
 
 def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
-    """Give a volume the affine of its NIfTI header, and keep what else the header says about space; returns remarks.
+    """Set the affine of a volume from its NIfTI header, and store its codes, unit and differing forms; returns remarks.
 
-    MONAI's reader prefers the qform to the sform where only the former agrees with pixdim; the format knows no such rule.
+    MONAI's reader prefers the qform if only that agrees with pixdim; NIfTI has no such rule.
     """
     unit = length_unit(header)
     affine, remark = in_mm(header.affine, unit)
@@ -178,8 +179,8 @@ def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
     spacing, zooms = nib.affines.voxel_sizes(affine)[: image.ndim - 1], np.asarray(header.header.get_zooms()[:3], dtype=np.float64)
     zooms = in_mm(np.diag([*zooms, 1.0]), unit)[0].diagonal()[:3] if len(zooms) == 3 else zooms
     if len(zooms) == len(spacing) and not np.allclose(spacing, zooms, rtol=1e-2):
-        told = [" x ".join(f"{v:.4g}" for v in values) for values in (zooms, spacing)]
-        remarks.append(f"pixdim says {told[0]} mm, the affine {told[1]} mm: the affine is used")
+        texts = [" x ".join(f"{v:.4g}" for v in values) for values in (zooms, spacing)]
+        remarks.append(f"pixdim says {texts[0]} mm, the affine {texts[1]} mm: the affine is used")
     aligned = 2  # NIfTI's code for coordinates that agree with another file's
     image.meta["codes"] = [sform_code or qform_code or aligned, qform_code or sform_code or aligned]
     image.meta["unit"] = "mm"
@@ -187,7 +188,7 @@ def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
 
 
 def _follow_nrrd(image: MetaTensor, source: Path) -> list[str]:
-    """Bring the affine of a NRRD file to mm; returns remarks."""
+    """Convert the affine of a NRRD file to mm; returns remarks."""
     remarks = []
     if not nrrd_field(source, "space"):
         remarks.append("the header names no space: left and right are a guess")
@@ -201,7 +202,8 @@ def _follow_nrrd(image: MetaTensor, source: Path) -> list[str]:
 
 
 def _follow_sidecar(image: MetaTensor, facts: Mapping[str, Any]) -> str:
-    """Keep what a BIDS sidecar says: ``meta["modality"]``, ``meta["slice_thickness"]`` in mm; returns a remark where it contradicts."""
+    """Store facts from a BIDS sidecar (``meta["modality"]``, ``meta["slice_thickness"]`` in mm); returns a remark if it contradicts the
+    header."""
     if isinstance(facts.get("Modality"), str):
         image.meta["modality"] = facts["Modality"]
     numbers: dict[str, Any] = {key: facts.get(key) for key in ("SliceThickness", "SpacingBetweenSlices")}
@@ -211,13 +213,13 @@ def _follow_sidecar(image: MetaTensor, facts: Mapping[str, Any]) -> str:
     distance = known.get("SpacingBetweenSlices")
     sides = [float(s) for s in image.pixdim]
     if distance and not np.isclose(sides, distance, rtol=0.02).any():
-        told = " x ".join(f"{s:.4g}" for s in sides)
-        return f"the sidecar says that slices are {distance:g} mm apart, the header that voxels are {told} mm: the header is used"
+        spacing = " x ".join(f"{s:.4g}" for s in sides)
+        return f"the sidecar says that slices are {distance:g} mm apart, the header that voxels are {spacing} mm: the header is used"
     return ""
 
 
 def _without_padding(image: MetaTensor) -> tuple[MetaTensor, str]:
-    """Replace one negative value that fills a part of a volume without other negative values by 0; returns a remark."""
+    """Replace a negative padding value by 0: almost the only negative value, in at least 1 % of the voxels. Returns a remark."""
     voxels = image.as_tensor()
     low = float(voxels.min())
     filled = voxels == low
@@ -229,10 +231,10 @@ def _without_padding(image: MetaTensor) -> tuple[MetaTensor, str]:
 
 
 def _without_nan(image: MetaTensor, path: str) -> tuple[MetaTensor, str]:
-    """Replace NaN by 0 where the file marks its background with it: where NaN reaches the border of the volume. Returns a remark.
+    """Replace NaN by 0 if it marks the background, which means that it reaches the border of the volume. Returns a remark.
 
     Raises:
-        InputError: for other values that are not finite.
+        InputError: if other values are not finite.
     """
     voxels = image.as_tensor()
     unusable, nan = ~torch.isfinite(voxels), torch.isnan(voxels)

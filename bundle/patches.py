@@ -1,4 +1,4 @@
-"""Training patches of slices that are acquired at random, on the fly."""
+"""Training patches of slices with random simulated acquisitions."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from .transforms import name_of
 
 __all__ = ["AcquiredPatches", "RandomAcquisition", "RandomContrast"]
 
-THICK = 1.4  # times the smallest spacing: an axis that is coarser is left to the planes across it
+THICK = 1.4  # times the smallest spacing: planes must not contain a coarser axis
 
 
 class RandomAcquisition:
-    """Draws acquisitions as scanners make them.
+    """Draw random acquisitions that resemble those of scanners.
 
-    Within the plane: by 2 in half of the cases; k-space truncation in half, with 85 to 100 % of it covered (60 to 85 % in one of twenty),
-    with and without apodisation; else the paper's bicubic, box or Gaussian point spreads. Across thick slices: Gaussian, box and trapezoid
-    profiles, 60 to 120 % of the slice distance wide, told in half of the cases, with up to 3 % of alternating brightness; one of eight is
-    coarse along the other axis too. Noise: none (7 of 20), up to 40 % of the largest (7), up to the largest (6). A third is stored in whole
-    numbers.
+    - In the plane: factor 2 in half of the cases. Half use k-space truncation, with 85 to 100 % of k-space covered (60 to 85 % in one of
+      twenty), with or without apodisation; the others use the paper's bicubic, box or Gaussian point spreads.
+    - Across thick slices: Gaussian, box and trapezoid profiles, 60 to 120 % of the slice distance wide; the network receives the width in
+      half of the cases. Brightness alternates by up to 3 %. One of eight is coarse along the other axis too.
+    - Noise: none (7 of 20), up to 40 % of the largest (7), up to the largest (6).
+    - A third is stored in whole numbers.
 
     Args:
-        in_plane: the smallest and the largest factor within the plane.
-        across: the smallest and the largest distance of thick slices, in pixels.
+        in_plane: the smallest and the largest factor in the plane.
+        across: the smallest and the largest distance between thick slices, in pixels.
         thick: fraction of planes across thick slices.
         largest_noise: standard deviation, on the scale of the intensities.
 
     Raises:
-        InputError: when ``in_plane`` or ``across`` are not two ascending numbers of at least 1.
+        InputError: if ``in_plane`` or ``across`` are not two ascending numbers of at least 1.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class RandomAcquisition:
         self.noise = [0.0, 0.4 * largest_noise, largest_noise]
 
     def __call__(self, random: np.random.Generator) -> tuple[Acquisition, tuple[float, float], tuple[bool, bool]]:
-        """An acquisition of the rows and the columns of a slice, the widths of the slice profile that are told, and the axes across
+        """An acquisition of the rows and the columns of a slice, the slice-profile widths that the network receives, and the axes across
         thick slices."""
         none, some, much = self.noise
         noise = float(random.choice([none, random.uniform(none, some), random.uniform(some, much)], p=[0.35, 0.35, 0.3]))
@@ -58,9 +59,9 @@ class RandomAcquisition:
         if random.random() < self.thick:
             sampling = self._across(random)
             other = self._within(random) if random.random() < 1 / 8 else Sampling()
-            told = sampling.width if random.random() < 0.5 else 0.0
+            known_width = sampling.width if random.random() < 0.5 else 0.0
             brightness = random.uniform(0, 0.03) if random.random() < 0.3 else 0.0
-            return Acquisition((sampling, other), noise, brightness, step), (told, 0.0), (True, False)
+            return Acquisition((sampling, other), noise, brightness, step), (known_width, 0.0), (True, False)
         first = self._within(random)
         if random.random() < 0.8:
             second = first
@@ -87,11 +88,11 @@ class RandomAcquisition:
 
 
 class RandomContrast:
-    """Changes the contrast of a slice by a smooth random curve, in half of the cases monotone, and its brightness by a bias field
+    """Change the contrast of a slice by a smooth random curve, monotone in half of the cases, and its brightness by a bias field
     (:class:`monai.transforms.RandBiasField`).
 
     Args:
-        probability: of a new curve; others stay as they are.
+        probability: probability of a curve; other slices keep their contrast.
         bias: probability of a bias field.
     """
 
@@ -100,7 +101,7 @@ class RandomContrast:
         self.field = RandBiasField(degree=3, coeff_range=(-0.15, 0.15), prob=1.0)
 
     def __call__(self, image: Tensor, random: np.random.Generator) -> Tensor:
-        """(H, W) in [0, 1] and a little above; 0 stays 0."""
+        """(H, W) -> (H, W), intensities from 0 to 1 or slightly above; 0 stays 0."""
         if random.random() < self.probability:
             points = np.linspace(0, 1, 7)
             if random.random() < 0.5:
@@ -123,25 +124,25 @@ class RandomContrast:
 
 
 class AcquiredPatches(Dataset):
-    """Random patches of slices acquired at random. An item holds some patches of one slice, which is acquired as a whole: what a scanner
-    does to k-space reaches from one border to the other. Items are a pure function of (seed, index), as those of
+    """Random patches of slices with random acquisitions. An item holds several patches of one slice, which is acquired as a whole, because
+    changes in k-space affect the whole slice. Items are a pure function of (seed, index), like those of
     :class:`bundle.data.PatchDataset`.
 
     Args:
-        volumes: items with ``"image"``, (1, X, Y, Z), intensities scaled to 1. Slices are planes across any axis, where the voxels within
-            the plane are of nearly one size (to a factor of 1.4). Axes that the scanner interpolated are brought back to what was acquired.
+        volumes: items with ``"image"``, (1, X, Y, Z), intensities scaled to 1. Slices are perpendicular to any axis, if their pixels are
+            at most 1.4 times the smallest voxel side. Axes that the scanner interpolated are reduced to the acquired resolution.
         acquisition: draws the acquisitions.
-        contrast: changes the contrast before; ``None`` does not.
+        contrast: changes the contrast before the acquisition; ``None`` keeps it.
         size: side of the square patches, in pixels; even.
-        patches_per_slice: patches in an item.
-        slices_per_volume: items that a volume gives per epoch, on average; volumes count alike.
-        min_foreground: fraction of pixels above ``threshold`` that a patch should have; ten places are tried for it.
-        threshold: see there.
-        seed: of everything.
-        facts: whether the network takes facts; one that does not cannot be trained on these patches.
+        patches_per_slice: patches per item.
+        slices_per_volume: items per volume and epoch, the same for all volumes.
+        min_foreground: fraction of pixels above ``threshold`` that a patch should have; up to ten places are tried.
+        threshold: see ``min_foreground``.
+        seed: seed of all random choices.
+        facts: whether the network receives facts; networks without facts cannot be trained on these patches.
 
     Raises:
-        InputError: when a volume has no plane that holds a patch, or ``facts`` is false.
+        InputError: if a volume has no plane that holds a patch, or ``facts`` is false.
     """
 
     def __init__(
@@ -181,8 +182,9 @@ class AcquiredPatches(Dataset):
         return len(self.volumes) * self.slices_per_volume
 
     def __getitem__(self, index: int) -> list[dict[str, Tensor]]:
-        """``[{"image": (21, size, size), "label": (1, size, size)}, ...]``: the slice interpolated by cubic B-splines, the excess of
-        zero-filling, and :func:`bundle.conditions.conditions`; and the truth. Noise and spectrum are measured, as they are later."""
+        """``[{"image": (21, size, size), "label": (1, size, size)}, ...]``. The image holds the slice interpolated by cubic B-splines, the
+        excess of zero-filling, and :func:`bundle.conditions.conditions`; the label is the truth. Noise and spectrum are measured, as in
+        inference."""
         random = np.random.default_rng((self.seed, index))
         truth = self._slice(index % len(self.volumes), random)
         acquisition, widths, across = self.acquisition(random)
@@ -204,7 +206,7 @@ class AcquiredPatches(Dataset):
         return patches
 
     def _slice(self, volume: int, random: np.random.Generator) -> Tensor:
-        """A slice with anatomy in it, turned and mirrored, cut to what is not empty, its contrast changed."""
+        """A random slice with anatomy: rotated, mirrored, cropped to its content, with a random contrast."""
         voxels, planes = self.volumes[volume]
         axis = int(random.choice(planes))
         for _ in range(10):
@@ -213,7 +215,7 @@ class AcquiredPatches(Dataset):
                 break
         image = torch.rot90(image, int(random.integers(4)))
         image = image.flip(1) if random.integers(2) else image
-        for side in (0, 1):  # empty borders teach nothing
+        for side in (0, 1):  # crop empty borders
             occupied = (image > self.threshold).any(1 - side).nonzero().flatten()
             if len(occupied):
                 first, last = max(int(occupied[0]) - 8, 0), min(int(occupied[-1]) + 9, image.shape[side])
@@ -224,7 +226,7 @@ class AcquiredPatches(Dataset):
 
 
 def _cut_to_acquired(volume: Tensor, planes: Sequence[int]) -> Tensor:
-    """Volume (X, Y, Z) without the zeros in its k-space, along the axes within its planes: what is no anatomy is no truth either."""
+    """Volume (X, Y, Z) without zero-filled k-space along the axes in its planes: zeros that the scanner filled in are not ground truth."""
     for axis in range(3):
         fraction = acquired_fraction(volume, axis) if any(plane != axis for plane in planes) else 1.0
         if fraction < 0.9:

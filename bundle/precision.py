@@ -1,4 +1,4 @@
-"""Which number format the network computes in."""
+"""The number format in which the network computes."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ __all__ = ["choose", "in_precision"]
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-REPLACED = {  # options of earlier versions -> what says the same now
+REPLACED = {  # options of earlier versions -> the value of ``precision`` that replaces them
     "bfloat16": {"true": "bfloat16", "false": "float32"},
     "amp": {"true": "auto", "false": "float32"},
 }
-WORTH = 0.6  # of float32's time: in training, convolutions in the frequency domain (float32) take about as much
+WORTH = 0.6  # of float32's time: in training, float32 convolutions in the frequency domain take about as long
 TRIAL = 0.05  # seconds
 TRIAL_SHAPES = ((1, 64, 64, 64), (64, 64, 3, 3))  # image and kernel
 
 
 def choose(precision: str, device: torch.device, **replaced: Any) -> str:
-    """The number format that convolutions compute in; weights and results stay float32.
+    """Choose the number format of the convolutions; weights and results stay float32.
 
-    ``auto`` takes bfloat16 on a CPU where a trial shows that it pays (the flags of a CPU do not tell), and half precision on a GPU:
-    bfloat16 where the GPU computes in it natively, else float16.
+    ``auto`` uses bfloat16 on a CPU if a trial shows that it is faster (the CPU's flags do not show that). On a GPU it uses bfloat16 if
+    the GPU supports it natively, else float16.
 
     Args:
         precision: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
-        device: where the network computes.
-        replaced: values of the options that ``precision`` replaced, ``None`` where not given.
+        device: device of the network.
+        replaced: values of the options that ``precision`` replaced, ``None`` if not set.
 
     Returns:
         ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     Raises:
-        InputError: for another ``precision``, or for a replaced option that was given.
+        InputError: if ``precision`` has another value, or a replaced option is set.
     """
     for name, value in replaced.items():
         if value is not None:
@@ -58,7 +58,7 @@ def choose(precision: str, device: torch.device, **replaced: Any) -> str:
 
 
 def in_precision(network: Callable[..., Tensor], precision: str) -> Callable[..., Tensor]:
-    """``network`` with its convolutions in ``precision`` (see :func:`choose`); what it returns is float32."""
+    """``network`` with its convolutions in ``precision`` (see :func:`choose`); it returns float32."""
     if precision == "float32":
         return network
 
@@ -75,10 +75,10 @@ def _fastest_of_cpu() -> str:
     seconds = dict.fromkeys(formats, float("inf"))
     arguments = {dtype: [torch.ones(shape).to(dtype, memory_format=torch.channels_last) for shape in TRIAL_SHAPES] for dtype in formats}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that wait for each other on a busy machine would be what is measured
+    torch.set_num_threads(1)  # on a busy machine, several threads would mostly measure their waiting for each other
     try:
         started = time.perf_counter()
-        while time.perf_counter() < started + TRIAL:  # in turns: what else the machine does meets both
+        while time.perf_counter() < started + TRIAL:  # in turns, so that other load affects both
             for dtype, (image, weight) in arguments.items():
                 begun = time.perf_counter()
                 F.conv2d(image, weight, padding=1)

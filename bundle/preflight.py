@@ -1,4 +1,4 @@
-"""Before the work: will a volume fit into memory?"""
+"""Check that a volume fits into memory before it is loaded."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from .headers import Header, file_format, in_mm, length_unit, named_as_nibabel_w
 
 __all__ = ["CheckMemoryd", "available_memory"]
 
-# float32 volumes held at once, measured: as given, and on the refined grid
+# float32 volumes held at once, measured: on the grid of the input, and on the refined grid
 GIVEN_COPIES, REFINED_COPIES = 4, 4
-PER_PIXEL = 1024  # bytes of feature maps for a pixel of a slice
+PER_PIXEL = 1024  # bytes of feature maps per pixel of a slice
 
 
 class CheckMemoryd(MapTransform):
-    """Refuse a volume that will not fit into the memory that is free, from its header, before any voxel is read.
+    """Refuse a volume that does not fit into free memory. Reads only its header.
 
     Args:
         keys: file names.
-        factors: the transform that decides how much finer the grid becomes: :class:`bundle.grid.InPlaneFactorsd`, or
+        factors: the transform that sets the factors of the finer grid: :class:`bundle.grid.InPlaneFactorsd` or
             :class:`bundle.grid.IsotropicFactorsd`.
         axial_slices: see :class:`bundle.transforms.AxialSlicesd`.
 
     Raises:
-        InputError: naming the volume, what it needs and what there is.
+        InputError: with the volume, the memory that it needs and the memory that is free.
     """
 
     def __init__(self, keys: KeysCollection, factors: MapTransform, axial_slices: Sequence[int] | None = None) -> None:
@@ -45,24 +45,24 @@ class CheckMemoryd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping:
         for key in self.keys:
-            needed, told = self._needed(str(data[key]))
+            needed, voxels = self._needed(str(data[key]))
             free = available_memory()
             if needed > free:
                 raise InputError(
-                    f"{data[key]}: {told} need about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; "
+                    f"{data[key]}: {voxels} need about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; "
                     "take some slices (--axial_slices) or a smaller refinement (--scale, --spacing)"
                 )
         return data
 
     def _needed(self, path: str) -> tuple[float, str]:
-        """Bytes, and the voxels that need them."""
+        """Bytes, and the number of voxels as text. 0 bytes if the header cannot be read: loading reports that."""
         try:
             if file_format(path) and Path(path).is_file():
                 header = read_header(path)
                 shape, affine = _to_ras(header.shape, _affine_in_mm(path, header))
             else:
                 shape, affine = _to_ras(*grid_of_series(path))
-        except Exception:  # what is wrong with it is said when it is loaded
+        except Exception:
             return 0, ""
         stub = MetaTensor(torch.zeros(1, 1, 1, 1), affine=torch.as_tensor(affine))
         stub.meta["filename_or_obj"] = path
@@ -78,7 +78,7 @@ class CheckMemoryd(MapTransform):
 
 
 def available_memory() -> int:
-    """Bytes that this process can still take: of the machine, of its control group, below its limit of address space."""
+    """Bytes available to this process within the machine, its control group and its address-space limit."""
     free = [psutil.virtual_memory().available]
     try:  # a container
         most = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -106,7 +106,7 @@ def _affine_in_mm(path: str, header: Header) -> np.ndarray:
 
 
 def _to_ras(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape and affine of a volume with its axes in the order R, A, S."""
+    """Shape and affine of a volume after its axes are put into the order R, A, S."""
     order = nib.orientations.io_orientation(affine)[:, 0].astype(int).tolist()
     axes = [order.index(axis) for axis in range(3)]
     sides = [*shape[:3], 1, 1][:3]

@@ -27,9 +27,8 @@ FEW_VALUES = 64
 
 
 def looks_like(path: str | Path) -> str:
-    """What a file seems to contain instead of a scan, such as ``"a label map (4 whole values)"``; empty for a scan or an unreadable file.
-
-    Only the middle of the volume is read.
+    """Kind of image that a file seems to contain instead of a scan, such as ``"a label map (4 whole values)"``; empty for a scan or an
+    unreadable file. Only the middle of the volume is read.
     """
     try:
         name = _by_name(path)
@@ -48,7 +47,7 @@ def looks_like(path: str | Path) -> str:
 
 
 def values_look_like(values: np.ndarray, name: str = "") -> str:
-    """The same, from the voxels of a volume or of some neighbouring planes: (X, Y, ...)."""
+    """Like :func:`looks_like`, but from the voxels of a volume or of some neighbouring planes, (X, Y, ...)."""
     values = values[np.isfinite(values)].reshape(-1) if not np.isfinite(values).all() else values
     low, high = float(values.min()), float(values.max())
     if low == high:
@@ -57,13 +56,13 @@ def values_look_like(values: np.ndarray, name: str = "") -> str:
         return "a phase map (values from -pi to pi)"
     if -4096 <= low < -4000 and 4000 < high <= 4096 and abs(float(values.mean())) < 1000 < float(values.std()):
         return "a phase map (values from -4096 to 4096)"
-    said = any(re.search(rf"(^|[_\-.]){word}$", strip_extension(Path(name).name).lower()) for word in MASKS)
-    if said and low >= 0 and high <= 1:
+    named_mask = any(re.search(rf"(^|[_\-.]){word}$", strip_extension(Path(name).name).lower()) for word in MASKS)
+    if named_mask and low >= 0 and high <= 1:
         return "a mask (values from 0 to 1)"
     if (values != np.rint(values)).any():
         return ""
     distinct, counts = np.unique(values, return_counts=True)
-    if len(distinct) == 2 and high > 255 and not said:  # a plain picture of two intensities
+    if len(distinct) == 2 and high > 255 and not named_mask:  # an image of two intensities
         return ""
     background = distinct[counts.argmax()]
     pairs = [(values[1:], values[:-1])] + ([(values[:, 1:], values[:, :-1])] if values.ndim > 1 else [])
@@ -73,7 +72,7 @@ def values_look_like(values: np.ndarray, name: str = "") -> str:
     if number >= 50 and (flat > 0.9 or (len(distinct) <= FEW_VALUES and flat > 0.6)):
         kind = "a mask" if len(distinct) == 2 else "a label map"
         return f"{kind} ({len(distinct)} whole values, large parts of one value)"
-    return "a mask or label map (by its name)" if said and len(distinct) <= FEW_VALUES else ""
+    return "a mask or label map (by its name)" if named_mask and len(distinct) <= FEW_VALUES else ""
 
 
 def _by_name(path: str | Path) -> str:

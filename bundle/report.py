@@ -1,4 +1,4 @@
-"""The HTML report of a result, one page that needs no other file, and the index page of a run."""
+"""The HTML report of a result, a single self-contained file, and the index page of a run."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ HERE = Path(__file__).parent
 PAGE, INDEX = (Template((HERE / name).read_text(encoding="utf-8")) for name in ("report.html", "index.html"))
 SCRIPT, STYLE = ((HERE / name).read_text(encoding="utf-8") for name in ("report.js", "report.css"))
 INDEX_MARK = '<meta name="generator" content="brain_mri_super_resolution">'
-MAX_BYTES = 8_000_000  # of a page
-MAX_VOXELS = 24e6  # of a layer: a browser holds all of them, a byte each
+MAX_BYTES = 8_000_000  # per page
+MAX_VOXELS = 24e6  # per layer: a browser holds all of them, one byte each
 QUALITIES = (90, 75)  # of the JPEGs; below that, the grid becomes coarser
 AROUND = 4  # voxels shown around the anatomy
-BRIGHTEST = 1.25  # intensity above which a page shows plain white
+BRIGHTEST = 1.25  # intensities above this are shown as white
 PLANES = {"Axial": (0, 1), "Coronal": (0, 2), "Sagittal": (1, 2)}  # the axes along width and height
-ENDS = ("RL", "AP", "SI")  # of each axis, from the left or from above: radiologists have the patient's right on the left
+ENDS = ("RL", "AP", "SI")  # of each axis, from the left or from the top; radiological convention: the patient's right is on the left
 SIGNED = LinearSegmentedColormap.from_list("signed", ["#b5dcff", "#3a8de0", "#000000", "#e0662b", "#ffd9b0"])
 COLOURS: dict[str, Colormap] = {"grey": matplotlib.colormaps["gray"], "signed": SIGNED, "positive": matplotlib.colormaps["magma"]}
 VIEW = Template("""
@@ -45,7 +45,7 @@ VIEW = Template("""
 
 
 class Row(NamedTuple):
-    """A row of the table; without ``result``, ``given`` holds for both."""
+    """A row of the table: ``given`` applies to the input and ``result`` to the result; without ``result``, ``given`` applies to both."""
 
     name: str
     given: str
@@ -56,10 +56,11 @@ class Layer(NamedTuple):
     """A volume that a page shows.
 
     Args:
-        name: as the page calls it.
-        about: one sentence on what it is.
-        volume: MetaTensor (1, X, Y, Z), RAS, intensities scaled; all layers of a page have one grid.
-        kind: ``"grey"``; ``"signed"``, in two colours, 0 black; or ``"positive"``, in one, 0 black. Layers of a kind share a window.
+        name: title on the page.
+        about: description in one sentence.
+        volume: MetaTensor (1, X, Y, Z), RAS, intensities scaled; all layers of a page have the same grid.
+        kind: ``"grey"``; ``"signed"``, two colours with black for 0; or ``"positive"``, one colour with black for 0. Layers of the same
+            kind share a window.
     """
 
     name: str
@@ -78,17 +79,17 @@ class Entry(NamedTuple):
 
 
 def html_report(title: str, layers: Sequence[Layer], unit: float, rows: Iterable[Row], warnings: Iterable[str]) -> str:
-    """A page that shows all slices of three planes, of one layer at a time or two side by side, with a table and warnings.
+    """A page that shows all slices in three planes, of one layer or of two layers side by side, with a table and warnings.
 
-    The page has at most ``MAX_BYTES``: where a volume is too large for that, its pictures are coarser, and the page says so.
-    Without JavaScript it shows the planes through the centre of the foreground. They lie as radiologists have them.
+    The page has at most ``MAX_BYTES``: pictures of larger volumes are coarser, and the page says so. Without JavaScript it shows the
+    planes through the centre of the foreground. The orientation is radiological.
 
     Args:
         title: name of the volume.
-        layers: the first two can be seen side by side: the interpolated input and the result.
-        unit: what the intensity 1 stands for, in the input's units.
-        rows: of the table.
-        warnings: a line each.
+        layers: the first two, the interpolated input and the result, can be compared side by side.
+        unit: the intensity 1 in the units of the input.
+        rows: rows of the table.
+        warnings: one line each.
     """
     affine = layers[0].volume.affine.cpu().numpy()  # type: ignore[attr-defined]
     volumes = [torch.as_tensor(layer.volume).as_subclass(Tensor)[0].float().cpu().numpy()[::-1, ::-1, ::-1] for layer in layers]
@@ -103,7 +104,7 @@ def html_report(title: str, layers: Sequence[Layer], unit: float, rows: Iterable
     }
     stored = [_bytes(v, *ranges[layer.kind]) for v, layer in zip(volumes, layers)]
     inside = [c - part.start for c, part in zip(centre, box)]
-    extent = [n * s for n, s in zip(volumes[0].shape, spacing)]  # in mm: the planes have one scale
+    extent = [n * s for n, s in zip(volumes[0].shape, spacing)]  # in mm, so that all planes have the same scale
     static = ""
     for layer, volume in zip(layers, volumes):
         views = "".join(_static_view(layer, volume, plane, windows[layer.kind], inside, centre, counts, extent) for plane in PLANES)
@@ -117,7 +118,7 @@ def html_report(title: str, layers: Sequence[Layer], unit: float, rows: Iterable
         "unit": unit,
         "colours": {kind: _base64((COLOURS[kind](np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes()) for kind in windows},
     }
-    told = [
+    descriptions = [
         {"name": layer.name, "about": layer.about, "kind": layer.kind, "range": ranges[layer.kind], "window": windows[layer.kind]}
         for layer in layers
     ]
@@ -125,7 +126,7 @@ def html_report(title: str, layers: Sequence[Layer], unit: float, rows: Iterable
     largest = windows["signed"][1] if "signed" in windows else 0.0
 
     def page(slices: list[list[str]], grid: list[int], note: str) -> str:
-        content = {**data, "grid": grid, "layers": [{**layer, "slices": part} for layer, part in zip(told, slices)]}
+        content = {**data, "grid": grid, "layers": [{**layer, "slices": part} for layer, part in zip(descriptions, slices)]}
         return PAGE.substitute(
             title=escape(title),
             style=STYLE,
@@ -146,7 +147,7 @@ def html_report(title: str, layers: Sequence[Layer], unit: float, rows: Iterable
 
 
 def html_index(title: str, entries: Iterable[Entry], failures: Iterable[tuple[str, str]], passed_over: Iterable[str]) -> str:
-    """The index page of a run: a picture, the warnings and a link for each volume, what failed and why, and what was passed over."""
+    """The index page of a run: a picture, warnings and a link for each volume, failures with their reasons, and skipped files."""
     entries, failures, passed_over = list(entries), list(failures), list(passed_over)
     cards = "".join(_card(entry) for entry in entries)
     failed = "".join(f"\n<li><b>{escape(name)}</b> {escape(why)}</li>" for name, why in failures)
@@ -164,7 +165,7 @@ def html_index(title: str, entries: Iterable[Entry], failures: Iterable[tuple[st
 
 
 def _small_enough(page: Callable[[list, list, str], str], volumes: Sequence[np.ndarray], spacing: Sequence[float]) -> str:
-    """The page with the best pictures that fit."""
+    """The page with the best pictures that fit into ``MAX_BYTES``."""
     coarser = 1.0
     while True:
         target = min(spacing) * coarser
@@ -194,7 +195,7 @@ def _static_view(
     counts: Sequence[int],
     extent: Sequence[float],
 ) -> str:
-    """The slice of a layer through the centre, which is at ``inside`` in the shown part and at ``centre`` in the whole volume."""
+    """The slice of a layer through the centre, whose index is ``inside`` in the shown part and ``centre`` in the whole volume."""
     wide, high = PLANES[plane]
     across = 3 - wide - high
     slice_ = np.take(_bytes(volume, *window), inside[across], across).T
@@ -212,14 +213,14 @@ def _static_view(
 
 
 def _windows(layers: Sequence[Layer], volumes: Sequence[np.ndarray]) -> dict[str, tuple[float, float]]:
-    """For each kind of layers, the intensities that are black and white, or have the ends of the colours."""
+    """For each kind of layer, the intensities at the two ends of its colour scale."""
     windows: dict[str, tuple[float, float]] = {}
     for layer, volume in zip(layers, volumes):
         if layer.kind in windows:
             continue
         some = volume[tuple(slice(None, None, max(1, side // 128)) for side in volume.shape)]  # a percentile of all voxels takes seconds
         if layer.kind == "grey":
-            lowest = float(np.percentile(some, 1))  # where interpolation falls a little below 0, black is 0
+            lowest = float(np.percentile(some, 1))  # black stays 0 if interpolation goes only slightly below it
             windows[layer.kind] = (lowest if lowest < -FOREGROUND else 0.0, 1.0)
         else:
             largest = float(np.percentile(np.abs(some), 99.9)) or 1.0
@@ -238,7 +239,7 @@ def _resized(volume: np.ndarray, grid: Sequence[int]) -> np.ndarray:
 
 
 def _box(volumes: Sequence[np.ndarray]) -> tuple[slice, slice, slice]:
-    """The box around the anatomy of some volumes, or all of them where there is none."""
+    """The box around the anatomy in some volumes, or the whole grid if there is none."""
     box = []
     for axis, side in enumerate(volumes[0].shape):
         others = tuple(n for n in range(3) if n != axis)
@@ -249,7 +250,7 @@ def _box(volumes: Sequence[np.ndarray]) -> tuple[slice, slice, slice]:
 
 
 def _centre(volume: np.ndarray) -> list[int]:
-    """Index of the centre of the foreground, in sums along the axes: a list of all its voxels would be larger than the volume."""
+    """Index of the centre of the foreground, from sums along the axes: a list of all its voxels would be larger than the volume."""
     foreground = volume > FOREGROUND
     centre = []
     for axis, size in enumerate(volume.shape):
@@ -259,7 +260,7 @@ def _centre(volume: np.ndarray) -> list[int]:
 
 
 def _tilt(affine: np.ndarray) -> float:
-    """Largest angle between an axis of a RAS volume and the patient's, in degrees."""
+    """Largest angle between an axis of a RAS volume and that of the patient, in degrees."""
     cosines = np.diagonal(affine)[:3] / np.linalg.norm(affine[:3, :3], axis=0)
     return float(np.degrees(np.arccos(np.clip(cosines, -1, 1))).max())
 

@@ -1,4 +1,4 @@
-"""Results of a run: where they go, whether one is complete, and the transforms that write them."""
+"""Results of a run: their paths, whether they are up to date, and the transforms that write them."""
 
 from __future__ import annotations
 
@@ -42,28 +42,28 @@ BIDS_FOLDERS = ("anat", "dwi", "fmap", "func", "perf")
 DICOM_ENDING = "_sr_dicom"  # of the folder of a series
 HOT = 6.0  # magnitude in the intensity scale that no ordinary voxel has
 FILLED = 0.8  # fraction of k-space below which a grid is worth a remark
-THICK = (2.5, 2.0)  # slices of so many mm, and so many times the smallest side, are worth making isotropic
+THICK = (2.5, 2.0)  # slices count as thick from so many mm, and so many times the smallest side
 
 
 class Results:
     """The results of one run.
 
-    A result keeps the path of its volume below ``dataset_dir``, so that equal names in several folders do not collide.
+    Results have the same relative paths as their volumes, so that equal names in different folders do not collide.
 
     Args:
         output_dir: folder of the results.
         dataset_dir: the path, pattern or list that :func:`bundle.subjects.find_volumes` searched.
         volumes: what it found.
-        settings: everything else that a result depends on; a result made with other settings is made again.
-        weights: file that the network is loaded from, whatever its format; ``None`` for a network without weights.
-        report: whether an HTML page belongs to a result.
-        dicom: whether a DICOM series belongs to the result of a volume that came as DICOM.
-        overwrite: whether complete results are made again.
+        settings: everything else that affects a result; a result with other settings is computed again.
+        weights: file that the network is loaded from, in any format; ``None`` for a network without weights.
+        report: whether to write an HTML report for each result.
+        dicom: whether to write a DICOM series for each volume that came as DICOM.
+        overwrite: whether to compute up-to-date results again.
         bids: whether ``output_dir`` becomes a BIDS derivative data set: the result of ``sub-01_T1w.nii.gz`` is
             ``sub-01/anat/sub-01_desc-sr_T1w.nii.gz``. Volumes without a BIDS name keep theirs.
 
     Raises:
-        InputError: when ``weights`` cannot be read, or ``report``, ``dicom``, ``overwrite`` or ``bids`` is neither true nor false.
+        InputError: if ``weights`` cannot be read, or ``report``, ``dicom``, ``overwrite`` or ``bids`` is neither true nor false.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Results:
         self.output_dir = Path(str(output_dir))
         self.root, self.volumes = _shared_path(dataset_dir, volumes), volumes
         hashed = None if weights is None else sha256(weights)
-        # as they will be read back: JSON has no tuples, and the command line gives true and false as text
+        # as JSON returns them, to be comparable: it has no tuples, and the command line gives true and false as text
         text = json.dumps({**(settings or {}), "weights": hashed}, default=float)
         self.settings = {k: {"true": True, "false": False}.get(str(v).lower(), v) for k, v in json.loads(text).items()}
         self.report, self.dicom, self.overwrite = switch("report", report), switch("dicom", dicom), switch("overwrite", overwrite)
@@ -92,10 +92,10 @@ class Results:
         for volume in volumes:
             with_name.setdefault(self.path(volume, ""), []).append(volume)
         self.name_clashes = {v: same[i - 1] for same in with_name.values() if len(same) > 1 for i, v in enumerate(same)}
-        """Volumes whose results would have the same name (``t1.nii.gz`` beside a DICOM folder ``t1``), each with another of them."""
+        """Volumes whose results would have the same path (``t1.nii.gz`` beside a DICOM folder ``t1``), each with another of them."""
 
     def path(self, volume: str | Path, ending: str) -> Path:
-        """Where a result goes: ``output_dir``, the volume's path below ``dataset_dir`` without its extension, ``ending``.
+        """Path of a result file: ``output_dir``, the relative path of the volume without its extension, and ``ending``.
 
         Example:
             >>> results = Results("out", "/in", ["/in/site/sub-01.nii.gz"])
@@ -115,11 +115,12 @@ class Results:
         return self.output_dir / path.relative_to(os.path.abspath(self.root)).parent / (name + ending)
 
     def write(self, volume: str | Path, ending: str, write: Callable[[Path], object]) -> None:
-        """Write one file of a result by ``write(path)``; it appears only when complete."""
+        """Write one result file atomically by calling ``write(path)``."""
         write_atomically(self.path(volume, ending), write)
 
     def bids_facts(self, volume: str) -> dict[str, Any]:
-        """What BIDS wants in the sidecar of a result; empty where the result is no BIDS derivative. Describes the data set on first use."""
+        """Entries that BIDS requires in the sidecar of a result; empty if the result is not a BIDS derivative. The first call also writes
+        ``dataset_description.json`` and ``.bidsignore``."""
         if not self.bids or _bids_name(Path(volume)) is None:
             return {}
         if not (self.output_dir / "dataset_description.json").exists():
@@ -133,7 +134,7 @@ class Results:
             if self.raw is not None:
                 description["DatasetLinks"] = {"raw": Path(os.path.relpath(self.raw, self.output_dir)).as_posix()}
             write_json(self.output_dir / "dataset_description.json", description)
-            # BIDS has no place for pictures and pages beside volumes
+            # BIDS allows no pictures or reports beside volumes
             write_atomically(self.output_dir / ".bidsignore", lambda part: part.write_text("*.png\n*.html\nfailed.csv\n", encoding="utf-8"))
         facts: dict[str, Any] = {"Description": RESULT_MARK, "SkullStripped": bool(sidecar(volume).get("SkullStripped", False))}
         if self.raw is not None:
@@ -141,13 +142,13 @@ class Results:
         return facts
 
     def write_index(self, failures: Sequence[tuple[str, str]] = (), passed_over: Sequence[str] = ()) -> None:
-        """Write ``index.html`` into ``output_dir``: a picture, warnings and a link for each result, then what has none.
+        """Write ``index.html`` into ``output_dir``: a picture, warnings and a link for each result, then failures and skipped files.
 
-        A run that writes no pages has none either, but brings the index of an earlier run up to date.
+        A run without reports writes no index, but updates one of an earlier run.
 
         Args:
-            failures: volumes and why each of them failed.
-            passed_over: a line for each file that is no volume to be done.
+            failures: volumes, each with the reason of its failure.
+            passed_over: one line for each file that was skipped.
         """
         index = self.output_dir / "index.html"
         if not self.report and not (index.exists() and INDEX_MARK in index.read_text(encoding="utf-8", errors="replace")):
@@ -157,9 +158,9 @@ class Results:
             report, page, result, picture = (self.path(volume, f"_sr.{ending}") for ending in ("json", "html", "nii.gz", "png"))
             try:
                 warnings = json.loads(report.read_text(encoding="utf-8"))["warnings"]
-            except (OSError, ValueError, KeyError, TypeError):  # no result, or none of ours
+            except (OSError, ValueError, KeyError, TypeError):  # no result of this bundle
                 continue
-            if volume in failed:  # the result is of an earlier run
+            if volume in failed:  # the result is from an earlier run
                 continue
             links = [path.relative_to(self.output_dir).as_posix() if path.exists() else None for path in (page, result, picture)]
             entries.append(Entry(self.name(volume), warnings, links[0] or links[1] or "", links[2]))
@@ -171,11 +172,11 @@ class Results:
         write_atomically(index, lambda path: path.write_text(text, encoding="utf-8"))
 
     def name(self, volume: str) -> str:
-        """Path of a volume below ``dataset_dir``, for people."""
+        """Name of a volume in reports: its path relative to ``dataset_dir``."""
         return os.path.relpath(volume, self.root)
 
     def is_done(self, volume: str) -> bool:
-        """Whether the result of a volume is complete, and made from the same input with the same settings."""
+        """Whether the result of a volume is up to date: complete, and from the same input with the same settings."""
         endings = ["_sr.json", "_sr.nii.gz"] + ["_sr.html"] * self.report
         endings += [DICOM_ENDING] * (self.dicom and is_dicom_volume(volume))
         if self.overwrite or not all(self.path(volume, ending).exists() for ending in endings):
@@ -183,12 +184,12 @@ class Results:
         try:
             done = json.loads(self.path(volume, "_sr.json").read_text(encoding="utf-8"))  # written last
             return done["settings"] == self.settings and done["input"] == fingerprint(volume)
-        except (OSError, ValueError, KeyError, TypeError):  # not a report of ours: make a new one
+        except (OSError, ValueError, KeyError, TypeError):  # not a report of this bundle
             return False
 
 
 def _bids_name(path: Path) -> Path | None:
-    """Path of a derivative of a volume in a BIDS data set, without its extension; ``None`` for a volume whose name is not BIDS.
+    """Path of the derivative of a volume in a BIDS data set, without extension; ``None`` if the volume has no BIDS name.
 
     Example:
         >>> _bids_name(Path("sub-01_ses-2_acq-x_T1w.nii.gz")).as_posix()
@@ -204,8 +205,8 @@ def _bids_name(path: Path) -> Path | None:
 
 
 def _shared_path(dataset_dir: Any, volumes: Sequence[str]) -> str:
-    """The part of the volumes' paths that their results do not repeat: ``dataset_dir``, or the folder of the one volume that it is; of
-    several paths what they share, of a pattern what stands before the first wildcard."""
+    """The folder to which result paths are relative: ``dataset_dir``, the folder of a single volume, the common folder of several paths,
+    or the part of a pattern before its first wildcard."""
     given, taken = paths(dataset_dir), set(map(os.path.abspath, volumes))
     single = os.path.abspath(given[0])
     if len(given) > 1:
@@ -217,11 +218,11 @@ def _shared_path(dataset_dir: Any, volumes: Sequence[str]) -> str:
 
 
 class CompareWithTrainingd(MapTransform):
-    """Warn of what about a volume is far from the training data, in the log and in the sample's ``"report"``, a dictionary.
+    """Log how a volume differs from the training data, and add the warnings to the sample's ``"report"``, a dictionary.
 
     Args:
-        keys: the volume (1, X, Y, Z) with scaled intensities, before it is refined; ``meta["factor"]`` holds the factors to come.
-        ranges: JSON file of :func:`bundle.ranges.measure`; nothing is compared where there is none.
+        keys: the volume (1, X, Y, Z) with scaled intensities, before it is refined; ``meta["factor"]`` holds the factors.
+        ranges: JSON file of :func:`bundle.ranges.measure`; if it is missing, nothing is compared.
     """
 
     def __init__(self, keys: KeysCollection, ranges: str | None = None) -> None:
@@ -248,11 +249,11 @@ class CompareWithTrainingd(MapTransform):
 
 
 class Consistencyd(MapTransform):
-    """Acquire a result again and compare it with the input: what the network added should vanish.
+    """Simulate the acquisition of the result and compare it with the input. The detail added by the network should vanish.
 
-    How the scan was acquired is not known. Of k-space truncation and the bicubic, Gaussian and box profiles, the one that fits best counts.
-    Adds ``"consistency"`` to the sample: PSNR in dB of the acquired result and of the acquired interpolation, the peak being 1, the
-    intensity scale; and ``"acquisition"``, the profile that fits.
+    The true acquisition is unknown: of k-space truncation and the bicubic, Gaussian and box profiles, the one that fits best is used.
+    Adds ``"consistency"`` to the sample: PSNR in dB, peak 1 (the intensity scale), of the result and of the interpolation after the
+    simulated acquisition; and ``"acquisition"``, the profile that fits best.
 
     Args:
         keys: the interpolated input, with its ``meta["factor"]``, and the result (1, factor X, factor Y, Z).
@@ -265,7 +266,7 @@ class Consistencyd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         before = torch.as_tensor(data[self.input_key]).float().cpu().movedim(-1, 0)
-        # hot spots would outweigh everything else: they do not count, nor does what interpolation makes of them around
+        # exclude hot spots and their surroundings, which would dominate the error
         ordinary = torch.ones_like(before, dtype=torch.bool)
         if float(before.abs().max()) > HOT:
             away = torch.nn.functional.max_pool2d(before.abs(), 11, 1, 5) <= HOT
@@ -287,17 +288,17 @@ class Consistencyd(MapTransform):
         errors = {name: error(key, fitting, range(len(before))) for name, key in zip(("interpolated", "result"), self.keys)}
         values = {name: round(-10 * math.log10(max(e, 1e-20)), 2) for name, e in errors.items()}
         name = name_of(data[self.keys[-1]])
-        logger.info("%s: acquired again (%s), the result agrees with the input to %.2f dB", name, fitting, values["result"])
+        logger.info("%s: after a simulated acquisition (%s), the result agrees with the input to %.2f dB", name, fitting, values["result"])
         return {**data, "consistency": values, "acquisition": fitting}
 
 
 class SaveVolumed(MapTransform):
     """Write a volume as ``<name>_sr.nii.gz``: float32, with its voxels and affine unchanged.
 
-    Both sform and qform hold the affine, with the codes of the input. Where the input's two differ, each is refined on its own.
+    Both sform and qform hold the affine, with the codes of the input. If they differ in the input, each is refined separately.
 
     Args:
-        keys: volumes (1, X, Y, Z); the name is that of the file they were loaded from.
+        keys: volumes (1, X, Y, Z), named after the files that they were loaded from.
         results: of the run.
     """
 
@@ -326,12 +327,12 @@ class SaveVolumed(MapTransform):
 
 
 class SaveComparisond(MapTransform):
-    """Write ``<name>_sr.png``: the middle plane of the interpolated input beside that of the result, and an enlarged part.
+    """Write ``<name>_sr.png``: the middle plane of the interpolated input and of the result side by side, and an enlarged part.
 
     Args:
         keys: the interpolated input and the result, each (1, X, Y, Z) in [0, 1] on one grid.
         results: of the run.
-        across: axis at right angles to the plane: 2 for axial slices, or 0 or 1.
+        across: axis perpendicular to the plane: 2 for axial slices, or 0 or 1.
     """
 
     def __init__(self, keys: KeysCollection, results: Results, across: int = 2) -> None:
@@ -353,9 +354,9 @@ class SaveComparisond(MapTransform):
 
 
 class SaveHtmlReportd(MapTransform):
-    """Write ``<name>_sr.html``, a page for people: all slices of input, result and residual in three planes, warnings, facts.
+    """Write the report ``<name>_sr.html``: all slices of input, result and residual in three planes, warnings, a table.
 
-    Where the run writes no pages, the page of an earlier result is removed.
+    If the run writes no reports, the report of an earlier result is removed.
 
     Args:
         keys: the interpolated input and the result, each (1, X, Y, Z) on one grid; the sample has ``"report"`` and ``"consistency"``.
@@ -389,7 +390,7 @@ class SaveHtmlReportd(MapTransform):
         not_compared = ["not compared with the training data: no ranges beside the weights"] * (not report["training_ranges"])
         layers = [
             Layer("Input", "The input, interpolated to the grid of the result.", before),
-            Layer("Result", "What the network made of the input.", after),
+            Layer("Result", "The network's result for the input.", after),
             Layer("Residual", "Result minus input: what the network added. It is likely, not measured.", after - before, "signed"),
         ]
         title, unit = self.results.name(volume), float(before.meta["unit_intensity"])
@@ -401,12 +402,12 @@ class SaveHtmlReportd(MapTransform):
 class SaveReportd(MapTransform):
     """Write ``<name>_sr.json``: warnings, consistency, the input and the settings of the run.
 
-    Write it last: it marks a result as complete (:meth:`Results.is_done`).
+    It must be the last file written: it marks a result as complete (:meth:`Results.is_done`).
 
     Args:
         keys: the interpolated input; the sample has ``"report"`` and ``"consistency"``.
         results: of the run.
-        computed_in: number format that the network computed in (:func:`bundle.precision.choose`).
+        computed_in: number format in which the network computed (:func:`bundle.precision.choose`).
     """
 
     def __init__(self, keys: KeysCollection, results: Results, computed_in: str = "float32") -> None:
@@ -433,12 +434,12 @@ class SaveReportd(MapTransform):
 
 
 def _thin(image: MetaTensor) -> list[bool]:
-    """The axes that are not across thick slices: there the end of k-space can show."""
+    """For each axis, whether it does not run across thick slices. Only along such axes can zero-filled k-space be detected."""
     return [float(side) < THICK[1] * float(min(image.pixdim)) for side in image.pixdim]
 
 
 def _zero_filled(image: MetaTensor, fractions: Sequence[float]) -> list[str]:
-    """Advice for a volume that the scanner put on a finer grid than it acquired; none for others."""
+    """Remarks on a volume that the scanner interpolated to a finer grid than it acquired; empty for others."""
     filled = [axis for axis, fraction in enumerate(fractions) if fraction < FILLED]
     if not filled:
         return []
@@ -448,7 +449,7 @@ def _zero_filled(image: MetaTensor, fractions: Sequence[float]) -> list[str]:
 
 
 def _thick_slices(image: MetaTensor) -> list[str]:
-    """Advice for a volume of thick slices; none for others."""
+    """Advice for a volume with thick slices; empty for others."""
     sides = [float(side) for side in image.pixdim]
     across = sides.index(max(sides))
     if sides[across] < THICK[0] or sides[across] < THICK[1] * min(sides):

@@ -26,7 +26,7 @@ __all__ = ["find_volumes", "split_subjects"]
 logger = logging.getLogger(__name__)
 
 SUBJECT = r"(?:^|[/\\_])(sub-[0-9A-Za-z]+)"  # BIDS
-# what people keep scans in and we do not read
+# formats and archives that may hold scans but are not read
 OTHER_IMAGES = (
     ".png",
     ".jpg",
@@ -53,7 +53,7 @@ NOT_RAW = ("derivatives", "sourcedata")  # of a BIDS data set
 
 
 class Volumes(list[str]):
-    """Paths of volumes; ``passed_over`` holds a line for each file that is none, and why."""
+    """Paths of volumes; ``passed_over`` holds one line, with the reason, for each file that was skipped."""
 
     passed_over: Sequence[str] = ()
 
@@ -67,11 +67,11 @@ def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> Volum
             ``folder/identifier`` for each of them.
         pattern: file name patterns (``"*_t1ce.nii.gz"``). They replace the choice by format and content.
 
-    A file that is given by its own name is always taken. In a folder, label maps, series, colours and phase maps are passed over, as are
-    results of an earlier run and second names of one file. The log names what is passed over and says why.
+    A file that is given by its own name is always used. In folders, label maps, series, colour images and phase maps are skipped, and so
+    are results of earlier runs and second names of one file. The log lists skipped files with the reason.
 
     Raises:
-        InputError: when a path does not exist, or no volume is found.
+        InputError: if a path does not exist, or no volume is found.
     """
     given = paths(path)
     found: dict[str, str] = {}  # real path: path
@@ -101,11 +101,11 @@ def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> Volum
 
 
 def _identity(volume: str, series: dict[str, dict[str, str]]) -> str:
-    """The file, or the DICOM volume that it is a slice of.
+    """Path of a file, or of the DICOM volume to which it belongs as a slice.
 
     Args:
         volume: path.
-        series: slices of the folders seen so far, with their volumes; grows.
+        series: a cache: the slices in each folder seen so far, with their volumes.
     """
     real = os.path.realpath(volume)
     if not os.path.isfile(real) or file_format(real) or not is_dicom(real):
@@ -162,8 +162,8 @@ def _below(top: Path, pattern: str | Sequence[str] | None, passed: list[str]) ->
 
 
 def _folders(top: Path, passed: list[str], not_raw: Sequence[str]) -> Iterator[tuple[Path, list[Path]]]:
-    """A folder and those below it, with their files: each folder once, by its real name where it has one, nothing hidden, nor what is
-    ``not_raw`` in a BIDS data set."""
+    """A folder and its subfolders with their files: each real folder once, without hidden ones and those of a BIDS data set that are
+    named in ``not_raw``."""
     seen: set[Path] = set()
     folders, links = [top], list[Path]()
     while folders or links:
@@ -184,13 +184,13 @@ def _folders(top: Path, passed: list[str], not_raw: Sequence[str]) -> Iterator[t
                 passed.append(f"{entry.path}: not searched with the rest of a BIDS data set; give it by itself")
             elif entry.is_dir():
                 (links if entry.is_symlink() else folders).append(Path(entry.path))
-        # a broken link is listed, and fails by its name later: data sets are often full of them
+        # list broken links, which are common in data sets, so that loading reports them
         files = [e for e in entries if e.is_file() or (e.is_symlink() and not os.path.exists(e.path))]
         yield folder, [Path(e.path) for e in sorted(files, key=lambda e: (e.is_symlink(), e.name))]
 
 
 def _scans(files: list[Path], pattern: str | Sequence[str] | None, passed: list[str]) -> list[str]:
-    """Those of some files that are volumes; says of the others why not, where they look like some kind of image."""
+    """The volumes among some files. Other image files are added to ``passed`` with the reason why they are skipped."""
     scans = []
     others: Counter[str] = Counter()
     for file in files:
@@ -201,7 +201,7 @@ def _scans(files: list[Path], pattern: str | Sequence[str] | None, passed: list[
             if any(file.match(p) for p in _patterns(pattern)) and not _is_result(file):
                 scans.append(str(file))
             continue
-        if file.name.lower().endswith((".hdr", ".hdr.gz")) and companions(file):  # its voxels stand in the .img
+        if file.name.lower().endswith((".hdr", ".hdr.gz")) and companions(file):  # the voxels are in the .img
             continue
         if file_format(file) and not _is_result(file):
             why = "" if broken else looks_like(file)
@@ -217,20 +217,20 @@ def _scans(files: list[Path], pattern: str | Sequence[str] | None, passed: list[
             passed.append(f"{file}: {file.suffix} files are not read")
         elif _holds_nifti(file):
             passed.append(f"{file}: holds NIfTI; give it the extension .nii or .nii.gz")
-        elif _start(file)[128:132] == b"DICM":  # any other was taken for a slice
+        elif _start(file)[128:132] == b"DICM":  # in gzip, because plain DICOM already counts as slices
             passed.append(f"{file}: holds DICOM in gzip; unpack it")
         elif file.suffix.lower() in DICOM:
             passed.append(f"{file}: is no DICOM, whatever its name says")
         else:
             others[file.suffix or "no extension"] += 1
     if others:
-        told = ", ".join(f"{number} x {what}" for what, number in sorted(others.items()))
-        logger.info("%s: other files, not read: %s", files[0].parent, told)
+        text = ", ".join(f"{number} x {what}" for what, number in sorted(others.items()))
+        logger.info("%s: other files, not read: %s", files[0].parent, text)
     return scans
 
 
 def _start(file: Path, size: int = 352) -> bytes:
-    """First bytes of a file, decompressed where it is gzip; empty where it cannot be read."""
+    """First bytes of a file, decompressed if it is gzip; empty if it is unreadable."""
     try:
         with file.open("rb") as stream:
             start = stream.read(size)
@@ -253,20 +253,20 @@ def _is_result(file: Path) -> bool:
 
 
 def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str, subject_pattern: str | None = None) -> list[dict[str, str]]:
-    """The volumes of the subjects of one part of the data, in the order given. All volumes of one subject are in one part.
+    """Volumes of the training, validation or test subjects, in input order. All volumes of one subject are in one part.
 
     Args:
         volumes: file names.
         split: training, validation and test subjects: numbers of subjects, or fractions that add up to 1.
         part: ``"train"``, ``"validation"`` or ``"test"``.
-        subject_pattern: regular expression for the subject in a path; its first group, or all of it, is the subject. ``None`` takes BIDS
+        subject_pattern: regular expression that finds the subject in a path: its first group, or the whole match. ``None`` uses BIDS
             names (``sub-01``). A volume whose path does not match is a subject of its own.
 
     Returns:
         ``[{"image": volume}, ...]``
 
     Raises:
-        InputError: when there are fewer subjects than the split needs, or a part would be empty.
+        InputError: if there are fewer subjects than the split needs, or a part would be empty.
     """
     parts = ("train", "validation", "test")
     if part not in parts or len(split) != 3 or min(split) < 0:
@@ -288,7 +288,7 @@ def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str, su
 
 
 def _by_subject(volumes: Sequence[str], pattern: str) -> list[list[str]]:
-    """Volumes of each subject, in the order of their first ones. What all paths begin with says nothing about subjects."""
+    """Volumes of each subject, in the order of their first ones. The common start of all paths is ignored."""
     try:
         expression = re.compile(pattern)
     except re.error as e:
@@ -298,7 +298,7 @@ def _by_subject(volumes: Sequence[str], pattern: str) -> list[list[str]]:
     subjects: dict[str, list[str]] = {}
     for name in names:
         matches = list(expression.finditer(name[shared:]))
-        # the last one: a file's own name goes before that of a folder
+        # the last match: the file name overrides folder names
         key = "subject " + matches[-1][matches[-1].re.groups and 1] if matches else name
         subjects.setdefault(key, []).append(name)
     return list(subjects.values())

@@ -1,7 +1,7 @@
 """Measure speed and memory on this machine: one kind of measurement per call, medians of several runs, ratios from the same run.
 
-Without one of --inference, --whole, --training, --growth and --all: the convolution algorithms. Prints Markdown, adds the figures to a
-JSON file, whose other rows stay, and, with --page, writes all that is in it into a page (docs/performance.md).
+Without --inference, --whole, --training, --growth or --all, it compares the convolution algorithms. It prints Markdown and adds the figures
+to a JSON file, whose other rows it keeps. With --page it also writes all tables of that file into a page (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ GROWTH = {  # kind -> numbers, and arguments of the runs: of 4 slices of 256 x 2
     "processes": {n: dict(volumes=4, processes=n) for n in (1, 2)},
     "slices of 512 x 512, anatomy in 4": {n: dict(slices=n, side=512, filled=4) for n in (4, 64, 256, 1024)},  # for the memory
 }
-ALL = [  # what the page holds
+ALL = [  # all tables of the page
     ["--repeats", "3"],
     *(
         ["--inference", f"{{data}}/{volume}", "--slices", "4", "--repeats", "3"]
@@ -85,14 +85,14 @@ def main(words: list[str] | None = None) -> None:
     known = json.loads(given.json.read_text()) if given.json.exists() else {}
     result = {"machine": machine(), "repeats": given.repeats, **measure(given)}
     section = {result["volume"]: result} if "volume" in result else result
-    if kind == "whole":  # networks that were not measured this time keep their rows
+    if kind == "whole":  # keep the rows of networks that were not measured this time
         before = known.get(kind, {}).get(result["volume"], {})
         if all(before.get(key) == result[key] for key in ("side", "scale")):
             result["rows"] = {**before["rows"], **result["rows"]}
     if kind == "growth":
         kept = [row for row in known.get(kind, {}).get("rows", []) if row["of"] not in {row["of"] for row in result["rows"]}]
         result["rows"] = sorted(result["rows"] + kept, key=lambda row: list(GROWTH).index(row["of"]))
-    # several volumes stand side by side, all else is measured anew
+    # keep the results of other volumes; other sections are replaced
     known[kind] = {**known.get(kind, {}), **section} if "volume" in result else section
     write_json(given.json, known)
     print(f"\n{markdown(kind, section)}\n\nfigures in {given.json}")
@@ -103,22 +103,22 @@ def main(words: list[str] | None = None) -> None:
 def arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--inference", metavar="VOLUME", help="degrade this volume, super-resolve it the naive and the fast way, compare")
+    kind.add_argument("--inference", metavar="VOLUME", help="degrade this volume, super-resolve it naively and fast, and compare")
     kind.add_argument(
-        "--whole", metavar="VOLUME", help="refine this volume, conformed to voxels of 1 mm, file to file; 'head' makes one up"
+        "--whole", metavar="VOLUME", help="refine this volume, resampled to voxels of 1 mm, from file to file; 'head' generates one"
     )
     kind.add_argument("--training", metavar="FOLDER", help="training steps on these volumes, with and without loading data")
-    kind.add_argument("--growth", nargs="*", metavar="KIND", help=f"time and memory against these, or all: {', '.join(GROWTH)}")
-    kind.add_argument("--all", metavar="DATA", help="everything that stands in docs/performance.md, of the data sets in this folder")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement, after one to warm up; whole, growth: after none")
-    parser.add_argument("--json", type=Path, default=Path("output/benchmark.json"), help="file that the figures are added to")
-    parser.add_argument("--page", type=Path, help="page whose tables are written anew from the JSON file")
-    parser.add_argument("--slices", type=int, default=12, help="inference: this many slices, evenly spaced over the volume; 0: all")
-    parser.add_argument("--networks", nargs="+", default=list(WHOLE), choices=list(WHOLE), metavar="NAME", help="whole: which of these")
+    kind.add_argument("--growth", nargs="*", metavar="KIND", help=f"time and memory as a function of these, or all: {', '.join(GROWTH)}")
+    kind.add_argument("--all", metavar="DATA", help="all measurements of docs/performance.md, with the data sets in this folder")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement (after a warm-up, except --whole, --growth)")
+    parser.add_argument("--json", type=Path, default=Path("output/benchmark.json"), help="file to which the figures are added")
+    parser.add_argument("--page", type=Path, help="page whose tables are replaced from the JSON file")
+    parser.add_argument("--slices", type=int, default=12, help="inference: number of slices, evenly spaced over the volume; 0: all")
+    parser.add_argument("--networks", nargs="+", default=list(WHOLE), choices=list(WHOLE), metavar="NAME", help="whole: which networks")
     parser.add_argument("--side", type=int, default=256, help="whole: voxels along each axis")
     parser.add_argument("--scale", type=int, default=2, help="inference, whole: factor")
-    parser.add_argument("--checkpoint", help="inference: weights; those of configs/inference.json if not given")
-    parser.add_argument("--overlay", nargs="*", default=[], metavar="CONFIG", help="configs put on top, as configs/networks/vdsr.json")
+    parser.add_argument("--checkpoint", help="inference: weights (default: those of configs/inference.json)")
+    parser.add_argument("--overlay", nargs="*", default=[], metavar="CONFIG", help="additional configs, such as configs/networks/vdsr.json")
     parser.add_argument("--batch_size", type=int, default=64, help="patches of 31 x 31 in a training step")
     parser.add_argument("--slice", type=int, nargs=2, default=(184, 208), metavar=("X", "Y"), help="convolutions: pixels of the slice")
     parser.add_argument("--features", type=int, default=128, help="convolutions: width of the network")
@@ -154,7 +154,7 @@ def measure_convolutions(given: argparse.Namespace) -> dict:
 
 
 def flops_of(features: int, size: tuple[int, int]) -> int:
-    """Floating-point operations of the network on one slice, counted for direct convolutions, whatever algorithm computes them."""
+    """Floating-point operations of the network for one slice, always counted for direct convolutions."""
     with FlopCounterMode(display=False) as counter:
         MultiScaleResidualNet(features).to("meta")(torch.empty(1, 1, *size, device="meta"))
     return counter.get_total_flops()
@@ -207,7 +207,7 @@ def measure_inference(given: argparse.Namespace) -> dict:
     infer = {name: inference_of(parser, image, name == "naive") for name, parser in ways.items()}
     results = {name: run() for name, run in infer.items()}  # warms up
     seconds: dict[str, list[float]] = {name: [] for name in infer}
-    for _ in range(given.repeats):  # in turns: what else the machine does meets both
+    for _ in range(given.repeats):  # in turns, so that other load affects both
         for name, run in infer.items():
             seconds[name].append(seconds_of(run))
     psnr = {name: psnr_of(result[0], truth) for name, result in {"interpolated": image.as_tensor(), **results}.items()}
@@ -222,7 +222,7 @@ def measure_inference(given: argparse.Namespace) -> dict:
 
 
 def inference_of(parser: ConfigParser, image: MetaTensor, naive: bool) -> Callable[[], Tensor]:
-    """What the evaluator of ``configs/inference.json`` does with a batch; ``naive``: with weights in the memory format of a new network."""
+    """The computation of the evaluator of ``configs/inference.json`` on a batch; ``naive`` uses PyTorch's default memory format."""
     device, network, inferer = (parser.get_parsed_content(key) for key in ("device", "network", "inferer"))
     if parser.get_parsed_content("load_weights"):
         state = torch.load(parser.get_parsed_content("checkpoint"), map_location=device, weights_only=True)
@@ -243,7 +243,7 @@ def infer_margin(parser: ConfigParser) -> int:
 
 
 def psnr_of(result: Tensor, truth: Tensor) -> float:
-    """Of all slices together, peak 1."""
+    """PSNR in dB over all slices together, peak 1."""
     return float(-10 * torch.log10((result - truth).double().square().mean()))
 
 
@@ -251,7 +251,7 @@ def psnr_of(result: Tensor, truth: Tensor) -> float:
 
 
 def measure_whole(given: argparse.Namespace) -> dict:
-    """Times and peaks of whole runs of ``configs/inference.json`` on one volume, the start of Python and of the libraries included."""
+    """Time and peak memory of whole runs of ``configs/inference.json`` on one volume, including the start of Python and its libraries."""
     rows, name = {}, given.whole if given.whole == "head" else Path(given.whole).name
     with tempfile.TemporaryDirectory() as folder:
         volume = Path(folder, "volume.nii.gz")
@@ -306,7 +306,7 @@ def measure_training(given: argparse.Namespace) -> dict:
                 seconds[name].append(duration)
     rates = {name: given.batch_size / statistics.median(s) for name, s in seconds.items()}
     plain = parsed("train", given, dataset_dir=given.training).get_parsed_content("network_def").to("meta")
-    with FlopCounterMode(display=False) as counter:  # of the direct convolutions, whatever algorithm computes them
+    with FlopCounterMode(display=False) as counter:  # counted for direct convolutions
         plain(torch.empty(1, 1, *x.shape[-2:], device="meta")).sum().backward()
     flops = counter.get_total_flops()
     peak = convolution_peak(device, given.repeats, computed_in)
@@ -318,7 +318,7 @@ def measure_training(given: argparse.Namespace) -> dict:
 
 
 def convolution_peak(device: torch.device, repeats: int, precision: str = "float32") -> float:
-    """Floating-point operations per second of the best direct convolution: 128 channels, batch 16 of 62 x 62, kernels 3 to 7."""
+    """Floating-point operations per second of the fastest direct convolution: 128 channels, batch 16 of 62 x 62, kernels 3 to 7."""
     x = torch.rand(16, 128, 62, 62, device=device)
     best = 0.0
     for kernel in (3, 5, 7):
@@ -334,7 +334,7 @@ def convolution_peak(device: torch.device, repeats: int, precision: str = "float
 
 
 def measure_growth(given: argparse.Namespace) -> dict:
-    """Times and peaks of whole runs of ``configs/inference.json``, the start of Python and of the libraries included."""
+    """Time and peak memory of whole runs of ``configs/inference.json``, including the start of Python and its libraries."""
     rows = []
     for kind in given.growth or GROWTH:
         for n, options in GROWTH[kind].items():
@@ -354,7 +354,7 @@ def whole_run(
     filled: int | None = None,
     program: str = "monai.bundle",
 ) -> tuple[float, float, float]:
-    """Seconds, the peak memory of the largest process in GB (10^9 bytes), and the seconds of all processors."""
+    """Elapsed seconds, peak memory of the largest process in GB (10^9 bytes), and CPU seconds."""
     with tempfile.TemporaryDirectory() as folder:
         for n in range(volumes):
             nib.Nifti1Image(head(side // 2, slices, filled or slices), np.eye(4)).to_filename(Path(folder, f"{n}.nii"))
@@ -374,7 +374,7 @@ def timed_run(
     started = time.perf_counter()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": threads})
-        _, status, usage = os.wait4(process.pid, 0)  # of the process and those that it has waited for
+        _, status, usage = os.wait4(process.pid, 0)  # includes child processes that it waited for
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             log.seek(0)
@@ -384,7 +384,7 @@ def timed_run(
 
 
 def head(side: int, slices: int, filled: int) -> np.ndarray:
-    """Textured ellipse that covers half of each slice; zeros in those after the first ``filled``."""
+    """Textured ellipse that covers half of each slice; slices after the first ``filled`` are zero."""
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (side, side, slices)), indexing="ij")
     texture = 0.7 + 0.2 * np.sin(20 * x + z) * np.sin(17 * y) + 0.02 * np.random.default_rng(0).standard_normal(x.shape)
     array = 1000 * texture * ((x / 0.75) ** 2 + (y / 0.85) ** 2 < 1)
@@ -428,7 +428,7 @@ def seconds_of(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-# ---- what is printed, and stands in the page
+# ---- printed output and the page
 
 
 def markdown(kind: str, section: dict) -> str:
@@ -514,7 +514,7 @@ def draw_growth(section: dict, path: Path) -> None:
 
 
 def write_page(page: Path, known: dict) -> None:
-    """Put every table of ``known`` between its marks in the page, and the plot beside it."""
+    """Write every table of ``known`` between its marks in the page, and the plot into its ``figures`` folder."""
     text = page.read_text(encoding="utf-8")
     for kind, section in known.items():
         begin = f"<!-- {kind} -->"

@@ -1,7 +1,7 @@
-"""Measure what super-resolution does to small lesions: blobs of known size, contrast and sharpness are put into white matter of
-high-resolution volumes, acquired at low resolution, and brought back by a network, cubic B-splines and zero-filling.
+"""Measure how super-resolution changes small lesions. Balls of known size, contrast and sharpness are added to the white matter of
+high-resolution volumes. Simulated low-resolution scans of them are restored by a network, by cubic B-splines and by zero-filling.
 
-The folder of results gets lesions.json (every lesion), lesions.md (tables) and lesions_*.png (pictures), anew after each volume.
+Writes lesions.json (every lesion), lesions.md (tables) and lesions_*.png (pictures) into the output folder after each volume.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from bundle.subjects import find_volumes
 
 CONFIGS = Path(bundle.root()) / "configs"
 SIZES = (2.0, 3.0, 4.0, 6.0, 8.0)  # mm, diameters
-CONTRASTS = {"bright": 0.3, "dark": -0.3}  # of the white matter around
+CONTRASTS = {"bright": 0.3, "dark": -0.3}  # relative to the surrounding white matter
 EDGES = {"sharp": 0.2, "soft": 1.0}  # mm, standard deviation of the edge
 METHODS = ("spline", "zero-filled", "network")
-STEP = 1 / 1000  # files store whole numbers
-DEEP = 15.0  # mm of tissue around white matter
-DISTANCE = 13.0  # mm between the centres of lesions, at least
-HALF = 0.5  # of its contrast: what keeps less is lost
-SPOT, NOT_THERE = 3.0, 2.0  # standard deviations of true white matter: what stands out of it, and what does not
+STEP = 1 / 1000  # between stored values, because files store whole numbers
+DEEP = 15.0  # mm, least depth of white matter in the head
+DISTANCE = 13.0  # mm, least distance between the centres of lesions
+HALF = 0.5  # of its contrast: a lesion that keeps less is lost
+SPOT, NOT_THERE = 3.0, 2.0  # standard deviations of true white matter: a spot exceeds the first; the truth has none below the second
 SMALLEST = 2.0  # mm, diameter of the smallest spot
-SURROUNDINGS = 8.0  # mm, standard deviation of their Gaussian mean
+SURROUNDINGS = 8.0  # mm, standard deviation of the Gaussian mean of a spot's surroundings
 SHOWN = 40.0  # mm, side of the pictures
 
 
 class Scan(NamedTuple):
-    """A row of the tables: how low resolution is made."""
+    """A row of the tables: a simulated low-resolution scan."""
 
     profile: str
     noise: float
@@ -76,7 +76,7 @@ class Lesion:
     kind: str
 
     def drawn(self, shape: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
-        """Intensities that the lesion adds to a volume: means over the voxels, from 5 points along each axis."""
+        """Intensities that the lesion adds to a volume: means over each voxel, from 5 points along each axis."""
         added = np.zeros(shape, np.float32)
         reach = [int(np.ceil((self.size / 2 + 4 * self.edge) / s)) + 1 for s in spacing]
         box = tuple(slice(max(c - r, 0), min(c + r + 1, n)) for c, r, n in zip(self.centre, reach, shape))
@@ -94,16 +94,16 @@ def main() -> None:
     parser.add_argument(
         "volumes", nargs="+", help="files, folders or patterns of high-resolution volumes that the network was not trained on"
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("output/lesions"), help="folder of the results")
+    parser.add_argument("--output_dir", type=Path, default=Path("output/lesions"), help="folder for the results")
     parser.add_argument(
-        "--overlay", nargs="*", default=["general"], metavar="CONFIG", help="put on configs/inference.json: a name or a file"
+        "--overlay", nargs="*", default=["general"], metavar="CONFIG", help="configs added to configs/inference.json: names or files"
     )
-    parser.add_argument("--checkpoint", help="weights; those of the overlay if not given")
+    parser.add_argument("--checkpoint", help="weights (default: those of the overlay)")
     parser.add_argument("--scans", nargs="+", default=list(SCANS), choices=list(SCANS), metavar="SCAN", help="rows of the tables")
-    parser.add_argument("--slices", type=int, default=3, help="axial slices of a volume that get lesions")
-    parser.add_argument("--factor", type=float, default=2, help="within the slices")
-    parser.add_argument("--thickness", type=float, default=5, help="of slices, in mm; for volumes with slices of a third of it, or thinner")
-    parser.add_argument("--seed", type=int, default=0, help="of places and noise")
+    parser.add_argument("--slices", type=int, default=3, help="number of axial slices with lesions in each volume")
+    parser.add_argument("--factor", type=float, default=2, help="in-plane factor")
+    parser.add_argument("--thickness", type=float, default=5, help="slice thickness in mm; for volumes with slices at most a third of it")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the lesion positions and the noise")
     given = parser.parse_args()
     try:
         test = LesionTest(given)
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 class LesionTest:
-    """Puts lesions into volumes and collects what becomes of them."""
+    """Add lesions to volumes and measure how each method restores them."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
@@ -138,7 +138,7 @@ class LesionTest:
         self.pictures: dict[str, dict[float, list[np.ndarray]]] = {}
 
     def measure(self, volume: str) -> None:
-        """All acquisitions of one volume."""
+        """Measure one volume with all scans."""
         image = self.scale(self.load({"image": volume}))["image"]
         image = oriented(image, "RAS")
         plain, spacing = image.as_tensor()[0].float(), [float(s) for s in image.pixdim]
@@ -169,27 +169,28 @@ class LesionTest:
             self.draw(row, lesions, numbers, spacing, truths[1], results[1])
 
     def results(self, truth: Tensor, scan: Scan, factors: Sequence[float]) -> dict[str, np.ndarray]:
-        """What each method makes of one acquisition of (X, Y, Z), on the same grid. The noise is the same each time."""
+        """Result of each method for one scan of (X, Y, Z), on the same grid. The noise is the same in every call."""
         random = np.random.default_rng(self.given.seed)
         if scan.thick:
             axes = (Sampling(), Sampling(), Sampling(factors[2], scan.profile))
             measured = Acquisition(axes, scan.noise, step=STEP)(truth, random)
             spline = interpolate_slices(measured, factors[2], truth.shape[2])
             filled = enlarge(measured.movedim(0, -2), (1, factors[2]), (truth.shape[0], truth.shape[2]), "kspace").movedim(-2, 0)
-            given = spline
+            interpolated = spline
         else:
             slices = truth.movedim(2, 0).contiguous()
             axis = Sampling(factors[0], scan.profile)
             measured = Acquisition((axis, axis), scan.noise, step=STEP)(slices, random)
             mode = self.config.get_parsed_content("interpolation")
             ways = (enlarge(measured, factors, slices.shape[1:], way) for way in ("spline", "kspace", mode))
-            spline, filled, given = (way.movedim(0, -1) for way in ways)
-        return {"spline": spline.numpy(), "zero-filled": filled.numpy(), "network": self.applied(given, scan, factors).numpy()}
+            spline, filled, interpolated = (way.movedim(0, -1) for way in ways)
+        network = self.applied(interpolated, scan, factors)
+        return {"spline": spline.numpy(), "zero-filled": filled.numpy(), "network": network.numpy()}
 
     def applied(self, volume: Tensor, scan: Scan, factors: Sequence[float]) -> Tensor:
         names = ("positions", "facts", "interpolation")
-        told = {name: self.config.get_parsed_content(name) for name in names}
-        inferer: Any = OrthogonalSlices(**told) if scan.thick else ForegroundInferer(roi_size=(-1, -1), spatial_dim=2, **told)
+        options = {name: self.config.get_parsed_content(name) for name in names}
+        inferer: Any = OrthogonalSlices(**options) if scan.thick else ForegroundInferer(roi_size=(-1, -1), spatial_dim=2, **options)
         meta = {"factor": list(factors), **({"slice_width": 1.0} if scan.thick else {})}
         with torch.no_grad():
             result = inferer(MetaTensor(volume[None, None], meta=meta).to(self.device), self.network)
@@ -205,7 +206,8 @@ class LesionTest:
         spacing: Sequence[float],
         results: Sequence[Mapping[str, np.ndarray]],
     ) -> None:
-        """Recovery: what the lesion changed in the result over what it changed in the truth, where it has half of its contrast."""
+        """Recovery: change of the result caused by the lesion, divided by that of the truth, where the lesion has at least half of its
+        contrast."""
         truth = added[..., numbers].numpy()
         changes = {method: results[1][method] - results[0][method] for method in METHODS}
         for lesion in lesions:
@@ -242,8 +244,8 @@ class LesionTest:
         """Spots in the result that are not in the truth, in white matter without lesions.
 
         All images are first averaged over a disc as large as the smallest spot, and compared with their surroundings. A spot is a
-        connected region of a slice that differs from them by more than three standard deviations of the true white matter; it is invented
-        where the truth, averaged over it, differs by less than two. The yardstick is that of the truth, the same for all methods.
+        connected region of a slice that differs from them by more than three standard deviations of the true white matter. It is an
+        invention if the truth, averaged over the spot, differs by less than two. All methods use the same standard deviation.
         """
         disc = _disc(SMALLEST, spacing)
 
@@ -251,7 +253,7 @@ class LesionTest:
             return ndimage.convolve(image, disc) - _local_mean(image, white, SURROUNDINGS, spacing)
 
         true = against_surroundings(truth)
-        deviation = 1.4826 * float(np.median(np.abs(true[white])))  # that of a normal distribution, without its outliers
+        deviation = 1.4826 * float(np.median(np.abs(true[white])))  # robust estimate of the standard deviation
         entry: dict[str, Any] = {"scan": row, "volume": Path(volume).name, "cm2": float(white.sum()) * spacing[0] * spacing[1] / 100}
         in_plane = np.zeros((3, 3, 3))
         in_plane[:, 1, 1] = in_plane[1, :, 1] = 1
@@ -327,11 +329,11 @@ class LesionTest:
 
 
 def white_matter(volume: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Voxels of white matter, by intensity alone: the commonest value of what is smooth and lies deep in the head, and values near it.
+    """Voxels of white matter, by intensity alone: the most common value in smooth regions deep in the head, and values near it.
 
     Args:
         volume: (X, Y, Z), intensities scaled to 1; any contrast.
-        spacing: of the voxels, in mm.
+        spacing: voxel size in mm.
     """
     head = ndimage.binary_fill_holes(ndimage.binary_opening(volume > 0.1, iterations=2))
     deep = ndimage.distance_transform_edt(np.pad(head, 1), sampling=spacing)[1:-1, 1:-1, 1:-1] > DEEP
@@ -349,7 +351,7 @@ def white_matter(volume: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
 
 
 def placed(volume: np.ndarray, white: np.ndarray, spacing: Sequence[float], count: int, random: np.random.Generator) -> list[Lesion]:
-    """Lesions of all kinds in ``count`` axial slices, far from each other, the largest first, where white matter is thick enough."""
+    """Lesions of all kinds in ``count`` axial slices, the largest first, far from each other and where the white matter is large enough."""
     room = ndimage.distance_transform_edt(white, sampling=spacing)
     area = np.where(white.any((0, 1)), white.sum((0, 1)), 0)
     apart, planes = int(np.ceil(DISTANCE / spacing[2])), list[int]()

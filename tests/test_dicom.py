@@ -384,7 +384,7 @@ class TestDicomOut:
     def test_other_input_is_warned_about(self, infer, tmp_path, capfd):
         out = infer(toy.write_nifti(tmp_path / "in" / "a.nii.gz"), dicom=True)
         assert sorted(path.name for path in out.iterdir()) == ["a_sr.json", "a_sr.nii.gz", "a_sr.png"]
-        assert "a.nii.gz: no DICOM, so none is written" in capfd.readouterr().out
+        assert "a.nii.gz: not DICOM, so no DICOM is written" in capfd.readouterr().out
         before = (out / "a_sr.json").stat().st_mtime_ns
         infer(tmp_path / "in" / "a.nii.gz", dicom=True)
         assert (out / "a_sr.json").stat().st_mtime_ns == before  # done, all the same

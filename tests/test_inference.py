@@ -678,7 +678,7 @@ class TestBadInput:
         done = command(tmp_path, checkpoints, prefix=prefix)
         assert done.returncode == 1
         last = done.stderr.strip().splitlines()[-1]
-        assert re.fullmatch(r"error: output: No space left on device at data/\d\.nii\.gz; start again for the rest", last), last
+        assert re.fullmatch(r"error: output: No space left on device at data/\d\.nii\.gz; run again for the remaining volumes", last), last
         left = {line for line in done.stdout.splitlines() if "_sr." in line or "part" in line}
         assert not [name for name in left if "part" in name]
         assert {name for name in left if name.endswith(".json")} < {"0_sr.json", "1_sr.json", "2_sr.json"}

@@ -10,24 +10,24 @@ __all__ = ["PixelShuffleResidualNet"]
 
 
 class PixelShuffleResidualNet(nn.Module):
-    """Residual network that works on the coarser grid: the choice for CPUs (``docs/fast_network.md``).
+    """Residual network that computes on a coarser grid, which makes it fast on CPUs (``docs/fast_network.md``).
 
-    The interpolated slice holds nothing that its coarse grid does not, so the slice is folded into channels (pixel-unshuffle), all
-    convolutions run on ``1 / stride**2`` of the pixels, and their result, unfolded (pixel-shuffle: Shi W. et al., CVPR 2016, doi
-    10.1109/CVPR.2016.207), is added to the slice. The blocks are those of EDSR (Lim B. et al., CVPR Workshops 2017, doi
-    10.1109/CVPRW.2017.151): no batch normalisation. Every block starts as the identity, and the untrained network returns its input.
+    Interpolation adds no information to a slice. So the slice is folded into channels (pixel-unshuffle), all convolutions run on
+    ``1 / stride**2`` of the pixels, and their result, unfolded (pixel-shuffle: Shi W. et al., CVPR 2016, doi 10.1109/CVPR.2016.207), is
+    added to the slice. The blocks are those of EDSR (Lim B. et al., CVPR Workshops 2017, doi 10.1109/CVPRW.2017.151), without batch
+    normalisation. Every block starts as the identity, and the untrained network returns its input.
 
     Args:
-        features: filters of every convolution but the last.
+        features: filters of every convolution except the last.
         num_blocks: residual blocks of two convolutions.
         stride: pixels of the slice per pixel of the coarse grid, along each axis. It need not be the factor of super-resolution.
-        positions: whether the network is told the factor (:func:`bundle.conditions.positions`), which then scales and shifts the features
-            of each block (Wang X. et al., CVPR 2018, doi 10.1109/CVPR.2018.00070). It starts out ignoring what it is told, and takes
-            weights of a network that was never told.
-        facts: numbers that hold for the whole slice, told as channels (:func:`bundle.conditions.conditions`). With the factors they
-            pass through a small perceptron (32 units), which also scales and shifts the features of each block. A network with facts
-            also takes :func:`bundle.conditions.zero_filled_excess`. It takes weights of a network with fewer facts, or none, and
-            starts out ignoring what is new. 0 for none.
+        positions: whether the network receives the positions of the pixels (:func:`bundle.conditions.positions`), which scale and shift
+            the features of each block (Wang X. et al., CVPR 2018, doi 10.1109/CVPR.2018.00070). Initially it ignores them, so that it
+            can load weights of a network without positions.
+        facts: number of constant channels (:func:`bundle.conditions.conditions`), 0 for none. Together with the factors they pass
+            through a small perceptron (32 units), which also scales and shifts the features of each block. A network with facts also
+            receives :func:`bundle.conditions.zero_filled_excess`. It can load weights of a network with fewer facts, or none, and
+            initially ignores the new inputs.
     """
 
     def __init__(self, features: int = 64, num_blocks: int = 9, stride: int = 2, positions: bool = False, facts: int = 0) -> None:
@@ -37,9 +37,9 @@ class PixelShuffleResidualNet(nn.Module):
         self.stride, self.images = stride, 2 if facts else 1
         self.channels = self.images + 6 + facts if positions else 1
         self.shallow = _conv(self.images * stride**2, features)
-        told = 6 * stride**2 if positions else 0
+        position_channels = 6 * stride**2 if positions else 0
         self.embedding = nn.Sequential(nn.Linear(2 + facts, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU()) if facts else None
-        blocks = [ResidualBlock(features, told, 32 if facts else 0) for _ in range(num_blocks)]
+        blocks = [ResidualBlock(features, position_channels, 32 if facts else 0) for _ in range(num_blocks)]
         self.deep = nn.ModuleList([*blocks, LastConvolution(features, features, 3, padding=1)])
         self.reconstruct = start_at_zero(_conv(features, stride**2))
         self.register_load_state_dict_pre_hook(_complete_inputs)
@@ -47,14 +47,14 @@ class PixelShuffleResidualNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1, H, W) -> (N, 1, H, W), for any H and W: the last row and column are repeated up to a multiple of ``stride``.
 
-        With ``positions``, (N, 7, H, W): the slice, then its positions. With ``facts``, (N, 8 + facts, H, W): the slice, the excess of
-        zero-filling, the positions, and the facts, each constant.
+        With ``positions`` the input is (N, 7, H, W): the slice, then its positions. With ``facts`` it is (N, 8 + facts, H, W): the slice,
+        the excess of zero-filling, the positions, and the constant facts.
         """
         if x.shape[1] != self.channels:
             raise ValueError(f"{self.channels} channels expected, got {x.shape[1]}")
         height, width = x.shape[-2:]
         padded = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
-        first = self.images  # of the positions, of which the third and the sixth are constant
+        first = self.images  # index of the first position map; the third and the sixth map are constant
         shallow = deep = self.shallow(F.pixel_unshuffle(padded[:, :first], self.stride))
         positions = F.pixel_unshuffle(padded[:, first : first + 6], self.stride)
         facts = x[:, :0, 0, 0]
@@ -67,15 +67,15 @@ class PixelShuffleResidualNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, features: int, told: int = 0, embedded: int = 0) -> None:
+    def __init__(self, features: int, position_channels: int = 0, embedded: int = 0) -> None:
         super().__init__()
         self.body = nn.Sequential(_conv(features, features), nn.ReLU(), start_at_zero(_conv(features, features)))
-        self.modulation = start_at_zero(nn.Conv2d(told, 2 * features, 1)) if told else None
+        self.modulation = start_at_zero(nn.Conv2d(position_channels, 2 * features, 1)) if position_channels else None
         self.adaptation = start_at_zero(nn.Linear(embedded, 2 * features)) if embedded else None
         self.register_load_state_dict_pre_hook(_complete)
 
     def forward(self, x: Tensor, positions: Tensor, facts: Tensor) -> Tensor:
-        """(N, features, H, W) -> (N, features, H, W); ``positions`` are (N, told, H, W), ``facts`` (N, embedded)."""
+        """(N, features, H, W) -> (N, features, H, W); ``positions`` are (N, position_channels, H, W), ``facts`` (N, embedded)."""
         hidden = self.body[0](x)
         if self.modulation is not None:
             modulation = self.modulation(positions)
@@ -88,12 +88,12 @@ class ResidualBlock(nn.Module):
 
 class LastConvolution(nn.Conv2d):
     def forward(self, x: Tensor, positions: Tensor, facts: Tensor) -> Tensor:  # type: ignore[override]
-        """(N, features, H, W) -> the same. TorchScript wants layers of one signature, hence ``positions`` and ``facts``."""
+        """(N, features, H, W) -> the same. TorchScript requires layers of the same signature, hence ``positions`` and ``facts``."""
         return self._conv_forward(x, self.weight, self.bias)
 
 
 def _complete(block: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """Complete the weights of a block that was never told the positions or the facts, so that it ignores them."""
+    """Add weights for positions and facts to those of a block without them, so that it ignores them."""
     for name in ("modulation", "adaptation"):
         part = getattr(block, name)
         if part is not None:
@@ -102,10 +102,10 @@ def _complete(block: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) 
 
 
 def _complete_inputs(network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """Complete the weights of a network that was told less, so that it ignores what is new."""
+    """Add weights for new inputs to those of a network with fewer inputs, so that it ignores the new ones."""
     for key, own in network.state_dict(prefix=prefix).items():
         if key.startswith(f"{prefix}embedding."):
-            state_dict.setdefault(key, own)  # the blocks ignore it: any will do, its own start is kept
+            state_dict.setdefault(key, own)  # the blocks ignore its output, so its initial values are kept
         if key in (f"{prefix}shallow.weight", f"{prefix}embedding.0.weight") and key in state_dict:
             loaded = state_dict[key]
             if loaded.shape[1] < own.shape[1]:

@@ -1,7 +1,6 @@
 """MONAI Label app: super-resolves the scans of a folder for a viewer, and fine-tunes the network on them (docs/monai_label.md).
 
-Run as a script it starts the server, on the loopback address unless ``--host`` says otherwise; the options are those of
-``monailabel start_server``.
+As a script it starts the server, on the loopback address unless ``--host`` is given. The options are those of ``monailabel start_server``.
 """
 
 from __future__ import annotations
@@ -45,17 +44,17 @@ from bundle.subjects import find_volumes
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 METADATA = json.loads((CONFIGS / "metadata.json").read_text())
-NAME = "super_resolution"  # of the model, its trainer, the strategy, and the datastore's note on a result
+NAME = "super_resolution"  # of the model, its trainer, the strategy, and the settings stored with a result
 FORMATS = (".nii.gz", ".nii", ".nrrd", ".mha", ".zip")  # the last one: a DICOM series
 
 logger = logging.getLogger(__name__)
 
 
 class SuperResolutionApp(MONAILabelApp):
-    """What the server loads.
+    """The app that the server loads.
 
-    ``--conf network NAME`` chooses another network than the default one: ``isotropic``, for thick slices; ``any_factor``; or a compared
-    network of ``configs/networks``.
+    ``--conf network NAME`` replaces the default network: ``isotropic``, for thick slices; ``any_factor``; or a compared network of
+    ``configs/networks``.
     """
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
@@ -83,13 +82,13 @@ class SuperResolutionApp(MONAILabelApp):
         return AllResults(self.task)
 
     def info(self) -> dict:
-        """As usual, but every scan counts as labelled: it is its own target. Slicer trains on labelled ones only."""
+        """As in MONAI Label, but every scan counts as labelled, because it is its own target: Slicer trains only on labelled scans."""
         info = super().info()
         info["datastore"]["total"] = info["datastore"]["completed"] = len(scans(self.datastore()))
         return info
 
     def infer(self, request: dict, datastore: Datastore | None = None) -> dict:
-        """As usual, but an image that does not exist is named."""
+        """As in MONAI Label, but with an error that names an image that does not exist."""
         image = request.get("image")
         if not os.path.exists(image) and image not in (datastore or self.datastore()).list_images():
             raise HTTPException(404, f"{image}: no such image")
@@ -97,11 +96,11 @@ class SuperResolutionApp(MONAILabelApp):
 
 
 class SuperResolution(InferTask):
-    """Runs ``configs/inference.json``, so that a viewer gets what the command line writes.
+    """Run ``configs/inference.json``, so that viewers get the same results as the command line.
 
     Args:
         overlays: configs that choose another network.
-        fine_tuned: weights that are used in place of the published ones where they exist.
+        fine_tuned: weights that replace the published ones if the file exists.
     """
 
     def __init__(self, overlays: Sequence[Path], fine_tuned: Path) -> None:
@@ -116,9 +115,9 @@ class SuperResolution(InferTask):
             self.training_overlays, self.degradation = self.overlays, parser.get_parsed_content("degradation")
         self.published = Path(parser.get_parsed_content("checkpoint"))
         self.needs_weights = bool(parser.get_parsed_content("load_weights"))
-        self.default_scale = parser.get_parsed_content("scale")  # None where the factors follow from the spacing
+        self.default_scale = parser.get_parsed_content("scale")  # None if the factors follow from the spacing
         factors = read_ranges(parser.get_parsed_content("training_ranges")).get("factor_x")
-        # as a segmentation, the result would be loaded as a mask, in 8 bits
+        # viewers load the result of a segmentation task as an 8-bit mask
         menu = {} if self.default_scale is None else {"scale": menu_of(self.default_scale, factors)}
         config = {"device": device_list(), **menu, "spacing": "", "axial_slices": ""}
         super().__init__(InferType.OTHERS, {}, 3, METADATA["description"], config)
@@ -131,7 +130,8 @@ class SuperResolution(InferTask):
         return next((str(path) for path in weights if path.exists()), None)
 
     def options_of(self, request: dict) -> dict[str, Any]:
-        """Settings of ``configs/inference.json`` that a request may choose. Strings of a request must not get there: they can be code."""
+        """Settings of ``configs/inference.json`` that a request may set. Strings of a request must not reach the config: they can be
+        code."""
         options = {"spacing": numbers_of(request, "spacing", None, 0.2, 4), "axial_slices": slices_of(request)}
         if self.default_scale is None:
             if request.get("scale"):
@@ -143,11 +143,11 @@ class SuperResolution(InferTask):
         """Super-resolve ``request["image"]``, a file or DICOM folder.
 
         Returns:
-            file of the result, float32 in the format ``request["result_extension"]``, whatever type of voxel is asked for (``".zip"``
-            is a DICOM series, of a scan that came as DICOM); and options.
+            file of the result in the format ``request["result_extension"]``, always float32 (``".zip"`` is a DICOM series, for scans that
+            came as DICOM); and options.
 
         Raises:
-            HTTPException: with the reason, in one line.
+            HTTPException: with the reason in one line.
         """
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -166,7 +166,7 @@ class SuperResolution(InferTask):
                     run(
                         config_file=[str(CONFIGS / "inference.json"), *self.overlays],
                         meta_file=str(CONFIGS / "metadata.json"),
-                        logging_file=False,  # the server's stays
+                        logging_file=False,  # keep the server's logging
                         dataset_dir=volumes[0],
                         output_dir=folder,
                         device=device_of(request),
@@ -177,7 +177,7 @@ class SuperResolution(InferTask):
                     logging.getLogger("bundle").removeHandler(notes)
                 options.pop("checkpoint", None)
                 result = next(Path(folder).rglob("*_sr.nii.gz"), None)
-                if result is None:  # nothing to do is no failure: only the log says why
+                if result is None:  # the volume was skipped, and only the log has the reason
                     lines = (record.getMessage() for record in notes.buffer)
                     prefix = f"passed over: {volumes[0]}"
                     raise InputError(next((line for line in lines if line.startswith(prefix)), prefix))
@@ -189,10 +189,10 @@ class SuperResolution(InferTask):
                 raise HTTPException(422, failure_in(folder) or reason(e)) from e
 
     def note(self, request: dict) -> dict:
-        """What a result is made with, for the datastore.
+        """Weights and settings of a result, for the datastore.
 
         Raises:
-            HTTPException: when the request chooses what it may not.
+            HTTPException: if an option of the request is not allowed.
         """
         try:
             weights = self.get_path()
@@ -201,7 +201,7 @@ class SuperResolution(InferTask):
             raise HTTPException(422, str(e)) from e
 
     def add_result(self, scan: str, note: dict, request: dict, datastore: Datastore) -> str:
-        """Identifier of a scan's result in the datastore, computed unless it is there, made with what ``note`` says."""
+        """Identifier of a scan's result in the datastore, which is computed unless there is one with the same ``note``."""
         name = f"{scan}_sr"
         old_note = datastore.get_image_info(name).get(NAME)
         if old_note is None and name in datastore.list_images():
@@ -218,11 +218,11 @@ class SuperResolution(InferTask):
 
 
 class NextResult(Strategy):
-    """*Next Sample*: opens the result of the newest scan of which none was opened yet. Viewers load it as a volume, as they do with
-    every image of the datastore; what an inference returns they take for a mask.
+    """*Next Sample*: open the result of the newest scan whose result was not opened yet. Viewers load it as a volume, like every image of
+    the datastore, whereas they load the response of an inference as a mask.
 
     Args:
-        task: makes the results.
+        task: computes the results.
     """
 
     def __init__(self, task: SuperResolution) -> None:
@@ -235,7 +235,7 @@ class NextResult(Strategy):
     def __call__(self, request: dict, datastore: Datastore) -> dict:
         """
         Raises:
-            HTTPException: when no result is left to be opened and scans failed, with the reason of the first.
+            HTTPException: if no result is left to open and scans failed, with the first reason.
         """
         note, failures = self.task.note(request), []
         for scan in scans(datastore):
@@ -245,7 +245,7 @@ class NextResult(Strategy):
                 logger.error("failed: %s", e.detail)
                 failures.append(e.detail)
                 continue
-            if "strategy" not in datastore.get_image_info(result):  # the server's note on an image that was opened
+            if "strategy" not in datastore.get_image_info(result):  # MONAI Label sets it when an image is opened
                 return {"id": result, "warnings": datastore.get_image_info(result).get("warnings", [])}
         if failures:
             more = f"; and {len(failures) - 1} more, see the server's log" if len(failures) > 1 else ""
@@ -254,10 +254,10 @@ class NextResult(Strategy):
 
 
 class AllResults(BatchInferTask):
-    """Super-resolves every scan in the background, so that *Next Sample* only opens the results.
+    """Super-resolve every scan in the background, so that *Next Sample* only opens the results.
 
     Args:
-        task: makes the results.
+        task: computes the results.
     """
 
     def __init__(self, task: SuperResolution) -> None:
@@ -276,12 +276,12 @@ class AllResults(BatchInferTask):
 
 
 class FineTuning(TrainTask):
-    """Runs ``configs/train.json`` on the scans, each its own target, from the weights in use: the general network on random acquisitions,
-    a compared network as it was trained.
+    """Run ``configs/train.json`` on the scans, each its own target, starting from the weights in use. The general network is trained on
+    random acquisitions, a compared network as before.
 
     Args:
         task: provides the weights in use.
-        fine_tuned: where the trained weights go, if they are better than those on the scans that are held out.
+        fine_tuned: path of the new weights, which are saved if they are better than the old ones on the held-out scans.
     """
 
     def __init__(self, task: SuperResolution, fine_tuned: Path) -> None:
@@ -294,7 +294,7 @@ class FineTuning(TrainTask):
     def __call__(self, request: dict, datastore: Datastore) -> dict:
         """
         Raises:
-            InputError: for an option that is not allowed, or fewer than two scans.
+            InputError: if an option is not allowed, or there are too few scans.
         """
         options = {key: type(value)(request.get(key, value)) for key, value in self.config().items() if key != "device"}
         if options["max_epochs"] < 1 or options["learning_rate"] <= 0 or not 0 < options["val_split"] < 1:
@@ -305,7 +305,7 @@ class FineTuning(TrainTask):
             raise InputError(f"{len(volumes)} scans: at least one is needed to train on and {held_out} to validate")
 
         folder = self.fine_tuned.with_name("fine_tuning")
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+        shutil.rmtree(folder, ignore_errors=True)  # from an earlier run
         run(
             config_file=[str(CONFIGS / "train.json"), *self.task.training_overlays],
             meta_file=str(CONFIGS / "metadata.json"),
@@ -319,7 +319,7 @@ class FineTuning(TrainTask):
             val_interval=1,
             degradation=self.task.degradation,
             device=device_of(request),
-            validate_at_start=True,  # what is no better than the start is not kept
+            validate_at_start=True,  # so that only weights better than the start are kept
         )
         better = folder / "models" / "model.pt"
         if better.exists():
@@ -331,14 +331,14 @@ class FineTuning(TrainTask):
 
 
 def scans(datastore: Datastore) -> list[str]:
-    """Images of the datastore that are no results, newest first."""
+    """Images of the datastore that are not results, newest first."""
     images = {name: datastore.get_image_info(name) for name in datastore.list_images()}
     results = {f"{name}_sr" for name in images} | {name for name, info in images.items() if NAME in info}
     return sorted(images.keys() - results, key=lambda name: (-images[name].get("ts", 0), name))
 
 
 def menu_of(default: float, factors: Sequence[float] | None) -> list[str]:
-    """Factors that a viewer offers, the default first: those between the smallest and the largest that the weights are trained for."""
+    """Factors that a viewer offers, the default first, within the range for which the weights are trained."""
     low, high = factors or (default, default)
     return [f"{factor:g}" for factor in sorted({default, 1.5, 2, 2.5, 3, 4}, key=lambda f: (f != default, f)) if low <= factor <= high]
 
@@ -353,7 +353,7 @@ def slices_of(request: dict) -> list[int] | None:
 
 
 def numbers_of(request: dict, name: str, default: float | None, low: float, high: float) -> float | list[float] | None:
-    """A number of a request, or two like ``"[2, 3]"``: along x and along y."""
+    """A number from a request, or two like ``"[2, 3]"``, for x and y."""
     given = request.get(name) or default
     try:
         value = json.loads(given) if isinstance(given, str) else given
@@ -366,7 +366,7 @@ def numbers_of(request: dict, name: str, default: float | None, low: float, high
 
 
 def device_of(request: dict) -> torch.device:
-    """Device that a request asks for by its name or number; the first GPU, else the CPU, where it does not say."""
+    """Device that a request names or numbers; by default the first GPU, or the CPU if there is none."""
     name = name_to_device(request.get("device"))
     if name not in ("cpu", "cuda", *device_map().values()):
         raise InputError(f"no such device: {name!r}, there are {', '.join(device_list())}")
@@ -374,7 +374,7 @@ def device_of(request: dict) -> torch.device:
 
 
 def failure_in(folder: str) -> str | None:
-    """Why the volume failed, from ``failed.csv``."""
+    """Reason of the failure, from ``failed.csv``; ``None`` without that file."""
     path = Path(folder) / "failed.csv"
     if not path.exists():
         return None
@@ -383,10 +383,10 @@ def failure_in(folder: str) -> str | None:
 
 
 def zipped(folder: Path, image: str) -> str:
-    """Temporary file with the DICOM series that a run wrote below a folder.
+    """Temporary zip file with the DICOM series that a run wrote into a folder.
 
     Raises:
-        InputError: when it wrote none.
+        InputError: if it wrote none.
     """
     series = next(folder.rglob("*_sr_dicom"), None)
     if series is None:
@@ -411,8 +411,8 @@ def converted(volume: Path, extension: str) -> str:
 
 
 if __name__ == "__main__":
-    settings.MONAI_LABEL_CORS_ORIGINS = ["http://127.0.0.1"]  # web pages of others that a browser shows must not read the scans
+    settings.MONAI_LABEL_CORS_ORIGINS = ["http://127.0.0.1"]  # other web pages in the browser must not read the scans
     importlib.import_module("monailabel.app")
-    settings.MONAI_LABEL_CORS_ORIGINS = []  # MONAI Label cannot write this setting out for its processes
+    settings.MONAI_LABEL_CORS_ORIGINS = []  # MONAI Label cannot serialise this setting for its processes
     sys.argv[1:] = ["start_server", "--app", str(Path(__file__).parent), "--host", "127.0.0.1", *sys.argv[1:]]
     Main().run()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer, SliceInferer
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,6 +63,7 @@ class ForegroundInferer(SliceInferer):
         denoise: 1 keeps the result as it is; 0 restores the measured k-space of each slice, with its noise, and keeps the result only
             beyond it; values in between mix (:func:`bundle.conditions.with_measured_kspace`).
         interpolation: mode by which the slices were interpolated (:func:`bundle.resampling.enlarge`); ``"spline"`` across thick slices.
+        thick_axis: spatial axis across thick slices, if ``inputs.meta["factor"]`` holds three factors.
         precision: number format of the network's convolutions (:func:`bundle.precision.choose`).
         progress: whether to show a progress bar of the slices.
         kwargs: of :class:`monai.inferers.SliceInferer`. Its ``roi_size`` and ``sw_batch_size`` apply within a box or band.
@@ -81,6 +83,7 @@ class ForegroundInferer(SliceInferer):
         noise: float | None = None,
         denoise: float = 1.0,
         interpolation: str = "spline",
+        thick_axis: int = 2,
         precision: str = "float32",
         progress: bool = False,
         **kwargs: Any,
@@ -93,6 +96,7 @@ class ForegroundInferer(SliceInferer):
         if not isinstance(denoise, (int, float)) or not 0 <= denoise <= 1:
             raise InputError(f"denoise must be a number from 0 to 1, got {denoise!r}")
         self.noise, self.denoise, self.interpolation, self.precision = noise, denoise, interpolation, precision
+        self.thick_axis = thick_axis
         self.threshold, self.margin, self.show_slices = threshold, margin, progress
         super().__init__(progress=progress and not self.skip_background, **kwargs)
 
@@ -166,15 +170,17 @@ class ForegroundInferer(SliceInferer):
         return with_excess
 
     def _factors(self, inputs: Tensor) -> tuple[list[float], list[bool]]:
-        """Factors of the rows and columns of the slices, and which of them run across thick slices: only the last axis of a volume does."""
+        """Factors of the rows and columns of the slices, and which of them run across thick slices."""
         factors = [float(factor) for factor in [*inputs.meta["factor"], 1.0][:3]]  # type: ignore[attr-defined]  # of slices, in-plane
-        across = [False, False, factors[2] > 1]
+        across = [axis == self.thick_axis and factor > 1 for axis, factor in enumerate(factors)]
         del factors[self.spatial_dim], across[self.spatial_dim]
         return factors, across
 
 
 class OrthogonalSlices(Inferer):
     """Apply a network to the two sets of planes that contain the last, thick axis, and average the results.
+
+    The rows of the planes lie across the slices, as in training (:class:`bundle.patches.AcquiredPatches`).
 
     Args:
         denoise: must be 1: across thick slices there is no measured k-space to keep.
@@ -187,12 +193,18 @@ class OrthogonalSlices(Inferer):
     def __init__(self, denoise: float = 1.0, **kwargs: Any) -> None:
         if denoise != 1:
             raise InputError(f"denoise is for slices within their plane: with thick slices it must be 1, got {denoise!r}")
-        self.inferers = [ForegroundInferer(roi_size=(-1, -1), spatial_dim=axis, **kwargs) for axis in (0, 1)]
+        self.inferers = [ForegroundInferer(roi_size=(-1, -1), spatial_dim=axis, thick_axis=0, **kwargs) for axis in (1, 2)]
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Volumes (N, 1, X, Y, Z) to the same shape."""
-        first, second = (torch.as_tensor(inferer(inputs, network, *args, **kwargs)) for inferer in self.inferers)
-        return (first + second) / 2
+        meta = dict(getattr(inputs, "meta", {}))
+        turned = MetaTensor(torch.as_tensor(inputs).as_subclass(Tensor).movedim(-1, 2), meta=meta)
+        if "factor" in meta:
+            along_x, along_y, across = [*meta["factor"], 1.0][:3]
+            turned.meta["factor"] = [across, along_x, along_y]
+        first, second = (torch.as_tensor(inferer(turned, network, *args, **kwargs)).as_subclass(Tensor) for inferer in self.inferers)
+        result = ((first + second) / 2).movedim(2, -1)
+        return MetaTensor(result, meta=meta) if isinstance(inputs, MetaTensor) else result
 
 
 def foreground_box(image: Tensor, threshold: float, margin: int) -> tuple[slice, slice] | None:

@@ -256,7 +256,8 @@ def test_the_network_is_told_the_positions_of_the_pixels_that_it_gets(part):
 
 def test_planes_across_thick_slices_are_told_the_factors_of_their_axes():
     inputs = MetaTensor(torch.ones(1, 1, 12, 14, 16), meta={"factor": [1.5, 2, 4]})
-    for part, expected in ((2, (1 / 2 + 1 / 1.5) / 2), (5, 1 / 4)):  # 1 / factor of rows and columns, mean of both families
+    # the slices lie across the rows, as in training; 1 / factor of rows and columns, mean of both families
+    for part, expected in ((2, 1 / 4), (5, (1 / 2 + 1 / 1.5) / 2)):
         result = OrthogonalSlices(positions=True)(inputs, lambda x, part=part: x[:, part + 1 : part + 2])
         torch.testing.assert_close(torch.as_tensor(result), torch.full((1, 1, 12, 14, 16), expected))
 

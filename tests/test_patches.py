@@ -12,6 +12,7 @@ from bundle.acquisition import Acquisition, Sampling
 from bundle.acquisition_report import measure_acquisitions
 from bundle.conditions import FACTS, conditions, measured_samples, positions, spectral_facts, with_measured_kspace, zero_filled_excess
 from bundle.errors import InputError
+from bundle.inferers import OrthogonalSlices
 from bundle.networks import PixelShuffleResidualNet
 from bundle.patches import AcquiredPatches, RandomAcquisition, RandomContrast
 from bundle.resampling import downsample, enlarge, refined_size
@@ -76,6 +77,19 @@ class TestAcquiredPatches:
             changed = contrast(image, random)
             assert float(changed[:, 0].abs().max()) < 1e-6
             assert bool(torch.isfinite(changed).all())
+
+
+def test_thick_slices_lie_across_the_rows_as_in_inference():
+    """What a network of thick slices sees in training and in inference: the same axis is refined, and is the one that is not zero-filled."""
+    patches = AcquiredPatches([volume()], RandomAcquisition(across=(3, 5), thick=1), size=32, patches_per_slice=1)
+    seen = []
+    inputs = MetaTensor(torch.rand(1, 1, 32, 34, 36), meta={"factor": [1.0, 1.0, 4.0]})
+    OrthogonalSlices(positions=True, facts=True, skip_background=False)(inputs, lambda x: seen.append(x) or x[:, :1])
+    for maps in (*(patches[n][0]["image"] for n in range(20)), *(x[0] for x in seen)):
+        rows, columns = maps[4, 0, 0], maps[7, 0, 0]  # 1 / factor
+        assert rows < 0.4 <= columns or columns == 1
+        if columns == 1:
+            assert not maps[1].any()  # nothing was zero-filled across slices
 
 
 class TestConditions:

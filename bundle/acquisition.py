@@ -30,6 +30,7 @@ __all__ = [
     "Sampling",
     "acquired_fraction",
     "alternate_brightness",
+    "cut_to_acquired",
     "kspace_filter",
     "sampled",
     "sampling_matrix",
@@ -232,3 +233,13 @@ def acquired_fraction(image: Tensor, axis: int) -> float:
     steps[: max(0, round(0.4 * len(level)) - half)] = 0  # the spectrum of anatomy is steep at low frequencies
     edge = int(steps.argmax())
     return (edge + half) / (len(level) - 1) if steps[edge] > STEP else 1.0
+
+
+def cut_to_acquired(volume: Tensor, axes: Sequence[int]) -> Tensor:
+    """Volume (X, Y, Z) without zero-filled k-space along some axes, if it is more than a tenth: zeros that the scanner filled in are not
+    ground truth."""
+    for axis in axes:
+        fraction = acquired_fraction(volume, axis)
+        if fraction < 0.9:
+            volume = downsample(volume.movedim(axis, -1), (1, 1 / fraction), "kspace").movedim(-1, axis)
+    return volume.contiguous()

@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .acquisition import Acquisition, Sampling
+from .acquisition import Acquisition, Sampling, cut_to_acquired
 from .files import write_atomically, write_json
 from .inferers import ForegroundInferer, OrthogonalSlices
 from .metrics import FOREGROUND, psnr
@@ -64,7 +64,8 @@ def measure_acquisitions(
     Writes ``acquisitions.json`` and ``acquisitions.md`` into ``output_dir``, after each volume.
 
     Args:
-        volumes: items with ``"image"``, (1, X, Y, Z) in RAS, intensities scaled to 1.
+        volumes: items with ``"image"``, (1, X, Y, Z) in RAS, intensities scaled to 1. In-plane axes that a scanner zero-filled are cut back
+            to the k-space that it acquired.
         network: the network to measure.
         output_dir: folder of the tables.
         factors: in-plane factors, applied to axial slices of every volume.
@@ -96,7 +97,7 @@ def measure_acquisitions(
     table: dict[str, dict[str, dict[str, float]]] = {}
     for item in tqdm(volumes, unit="volume"):
         image = item["image"]
-        truth = image.as_tensor()[0]
+        truth = cut_to_acquired(image.as_tensor()[0], (0, 1))
         chosen = _evenly(truth, slices)
         for factor in factors:
             for title, (profile, width, noise) in IN_PLANE.items():

@@ -10,10 +10,10 @@ from monai.transforms import RandBiasField
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .acquisition import Acquisition, Sampling, acquired_fraction
+from .acquisition import Acquisition, Sampling, cut_to_acquired
 from .conditions import conditions, spectral_facts, zero_filled_excess
 from .errors import InputError
-from .resampling import check_factor, downsample, enlarge
+from .resampling import check_factor, enlarge
 from .transforms import name_of
 
 __all__ = ["AcquiredPatches", "RandomAcquisition", "RandomContrast"]
@@ -173,7 +173,8 @@ class AcquiredPatches(Dataset):
             if not planes:
                 text = " x ".join(map(str, sides))
                 raise InputError(f"{name_of(image)}: {text} voxels have no plane of {size} x {size} pixels of nearly one size")
-            self.volumes.append((_cut_to_acquired(image.as_tensor()[0], planes).half(), planes))
+            within = [n for n in range(3) if any(plane != n for plane in planes)]
+            self.volumes.append((cut_to_acquired(image.as_tensor()[0], within).half(), planes))
         self.acquisition, self.contrast, self.size, self.seed = acquisition, contrast, size, seed
         self.patches_per_slice, self.slices_per_volume = patches_per_slice, slices_per_volume
         self.min_foreground, self.threshold = min_foreground, threshold
@@ -223,12 +224,3 @@ class AcquiredPatches(Dataset):
                 image = image.narrow(side, first, last - first)
         image = image if self.contrast is None else self.contrast(image, random)
         return (image * float(random.uniform(0.75, 1.1))).contiguous()
-
-
-def _cut_to_acquired(volume: Tensor, planes: Sequence[int]) -> Tensor:
-    """Volume (X, Y, Z) without zero-filled k-space along the axes in its planes: zeros that the scanner filled in are not ground truth."""
-    for axis in range(3):
-        fraction = acquired_fraction(volume, axis) if any(plane != axis for plane in planes) else 1.0
-        if fraction < 0.9:
-            volume = downsample(volume.movedim(axis, -1), (1, 1 / fraction), "kspace").movedim(-1, axis)
-    return volume.contiguous()

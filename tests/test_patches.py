@@ -80,7 +80,7 @@ class TestAcquiredPatches:
 
 
 def test_thick_slices_lie_across_the_rows_as_in_inference():
-    """What a network of thick slices sees in training and in inference: the same axis is refined, and is the one that is not zero-filled."""
+    """In training and in inference the same axis is refined across slices, and is not zero-filled."""
     patches = AcquiredPatches([volume()], RandomAcquisition(across=(3, 5), thick=1), size=32, patches_per_slice=1)
     seen = []
     inputs = MetaTensor(torch.rand(1, 1, 32, 34, 36), meta={"factor": [1.0, 1.0, 4.0]})

@@ -171,4 +171,4 @@ def test_document_says_what_was_found(tried):
 
 def test_tests_that_the_document_names_exist():
     for file, name in re.findall(r"`tests/(\w+\.py)::(\w+)`", DOCUMENT.read_text(encoding="utf-8")):
-        assert re.search(rf"def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8")), f"{file}::{name}"
+        assert re.search(rf"(def|class) {name}\b", (ROOT / "tests" / file).read_text(encoding="utf-8")), f"{file}::{name}"

@@ -260,6 +260,7 @@ def test_missing_ranges_are_said(tmp_path, monkeypatch):
         output_dir=str(tmp_path),
         checkpoint=str(toy.save_checkpoint(tmp_path / "untrained.pt", random=False)),
         report=True,
+        clip=False,
         **toy.TINY_INFERENCE,
     )
     page = Page(tmp_path / "flat_sr.html")

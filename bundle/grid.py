@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform, Orientation
 
 from .errors import InputError, PassedOver
-from .resampling import Factor, check_factor, interpolate_slices, refined_size, upsample
+from .resampling import Factor, check_factor, downsample, enlarge, interpolate_slices, refined_size
 from .transforms import name_of
 
 ISOTROPIC = 1.1  # largest side of a voxel, as a multiple of the smallest, that counts as isotropic
@@ -101,18 +101,23 @@ class Upsampled(MapTransform):
             (1, factor X, factor Y, factor Z).
         mode: in-plane interpolation, see :func:`bundle.resampling.upsample`.
         input_key: key for the volume before interpolation; ``None`` does not keep it.
+        from_acquired: start from the samples that were acquired along in-plane axes that are refined and that the scanner zero-filled
+            (``meta["acquired_fraction"]``): their noise is not that of finer samples. The grid does not change;
+            ``meta["acquired_factor"]`` holds the factors that count from the acquired samples.
     """
 
-    def __init__(self, keys: KeysCollection, mode: str = "bicubic", input_key: str | None = None) -> None:
+    def __init__(self, keys: KeysCollection, mode: str = "bicubic", input_key: str | None = None, from_acquired: bool = False) -> None:
         super().__init__(keys)
-        self.mode, self.input_key = mode, input_key
+        self.mode, self.input_key, self.from_acquired = mode, input_key, from_acquired
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         d: dict = dict(data)
         for key in self.keys:
             if self.input_key is not None:
                 d[self.input_key] = d[key].as_tensor()
-            d[key] = _refined(d[key], [float(f) for f in d[key].meta["factor"]], self.mode)
+            factors = [float(f) for f in d[key].meta["factor"]]
+            fractions = d[key].meta.get("acquired_fraction", (1.0, 1.0)) if self.from_acquired else (1.0, 1.0)
+            d[key] = _refined(d[key], factors, self.mode, [f if factor > 1 else 1.0 for f, factor in zip(fractions, factors[:2])])
         return d
 
 
@@ -172,15 +177,20 @@ def _factors_to(image: MetaTensor, target: Sequence[float]) -> tuple[float, ...]
     return tuple(max(f, 1.0) for f in factors)
 
 
-def _refined(image: MetaTensor, factors: Sequence[float], mode: str) -> MetaTensor:
-    """Volume on a finer grid along x and y, and along z if there is a third factor.
+def _refined(image: MetaTensor, factors: Sequence[float], mode: str, acquired: Sequence[float] = (1, 1)) -> MetaTensor:
+    """Volume on a finer grid along x and y, and along z if there is a third factor; ``acquired`` is the fraction of k-space along x and y
+    that is not zero.
 
     The centre of refined voxel i lies at the index (i + 0.5) / factor - 0.5 of the input.
     """
     voxels = image.as_tensor()
     if len(factors) > 2:  # first along the thick axis
         voxels = interpolate_slices(voxels, factors[2], refined_size(voxels.shape[-1], factors[2]))
-    voxels = upsample(voxels.movedim(-1, 0), factors[:2], mode).movedim(0, -1)
+    slices, size = voxels.movedim(-1, 0), [refined_size(side, factor) for side, factor in zip(voxels.shape[1:3], factors)]
+    if min(acquired) < 1:
+        slices = downsample(slices, [1 / fraction for fraction in acquired], "kspace")
+    from_acquired = [factor / fraction for factor, fraction in zip(factors, acquired)]
+    voxels = enlarge(slices, from_acquired, size, mode).movedim(0, -1)
     if len(factors) > 2:  # without a third factor only axial slices are looked at, which lie one after the other in memory now
         voxels = voxels.contiguous()
     step = torch.ones(4, dtype=torch.float64)
@@ -192,4 +202,5 @@ def _refined(image: MetaTensor, factors: Sequence[float], mode: str) -> MetaTens
     for name in ("spatial_shape", "original_affine"):  # servers would resample the result to the grid in these entries
         refined.meta.pop(name, None)
     refined.meta["factor"] = list(factors)
+    refined.meta["acquired_factor"] = [*from_acquired, *factors[2:]]
     return refined

@@ -171,7 +171,8 @@ class ForegroundInferer(SliceInferer):
 
     def _factors(self, inputs: Tensor) -> tuple[list[float], list[bool]]:
         """Factors of the rows and columns of the slices, and which of them run across thick slices."""
-        factors = [float(factor) for factor in [*inputs.meta["factor"], 1.0][:3]]  # type: ignore[attr-defined]  # of slices, in-plane
+        meta: dict = inputs.meta  # type: ignore[attr-defined]
+        factors = [float(factor) for factor in [*meta.get("acquired_factor", meta["factor"]), 1.0][:3]]  # of slices: in-plane
         across = [axis == self.thick_axis and factor > 1 for axis, factor in enumerate(factors)]
         del factors[self.spatial_dim], across[self.spatial_dim]
         return factors, across
@@ -200,7 +201,7 @@ class OrthogonalSlices(Inferer):
         meta = dict(getattr(inputs, "meta", {}))
         turned = MetaTensor(torch.as_tensor(inputs).as_subclass(Tensor).movedim(-1, 2), meta=meta)
         if "factor" in meta:
-            along_x, along_y, across = [*meta["factor"], 1.0][:3]
+            along_x, along_y, across = [*turned.meta.pop("acquired_factor", meta["factor"]), 1.0][:3]
             turned.meta["factor"] = [across, along_x, along_y]
         first, second = (torch.as_tensor(inferer(turned, network, *args, **kwargs)).as_subclass(Tensor) for inferer in self.inferers)
         result = ((first + second) / 2).movedim(2, -1)

@@ -236,6 +236,7 @@ class CompareWithTrainingd(MapTransform):
         advice = _thick_slices(image) if len(image.meta["factor"]) == 2 else []
         fractions = [acquired_fraction(image.as_tensor()[0], axis) if thin else 1.0 for axis, thin in enumerate(_thin(image))]
         advice += _zero_filled(image, fractions)
+        image.meta["acquired_fraction"] = [fraction if fraction < FILLED else 1.0 for fraction in fractions]
         for line in (*advice, *far):
             logger.warning("%s: %s", name_of(image), line)
         report = {

@@ -44,11 +44,11 @@ from bundle.subjects import find_volumes
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAIVE = ["--precision", "float32", "--skip_background", "false"]
 WHOLE = {  # network -> overlays and options of a whole run
-    "bicubic": ([], ["--network_def", '{"_target_": "torch.nn.Identity"}', "--load_weights", "false"]),
+    "bicubic": (["networks/bicubic"], []),
     "fast": (["networks/fast"], []),
-    "general": (["general"], []),
-    "general, naive": (["general"], NAIVE),
-    "the paper's": ([], []),
+    "general": ([], []),
+    "general, naive": ([], NAIVE),
+    "the paper's": (["networks/proposed"], []),
 }
 SMALL = dict(side=48, slices=2)
 GROWTH = {  # kind -> numbers, and arguments of the runs: of 4 slices of 256 x 256 output pixels, 1 volume, 1 process

@@ -133,7 +133,7 @@ class Run:
         middle = (first + last) // 2
         trial = given.patches is not None and given.patches < 1000
         self.axial_slices = given.axial_slices or ([middle, middle] if trial else [first, last])
-        self.budget, self.bfloat16 = budget_of(given.epochs, given.patches, self.volumes)
+        self.budget = budget_of(given.epochs, given.patches, self.volumes)
         self.precision = "bfloat16" if given.bfloat16 else "float32"
         self.patches = self.budget["max_epochs"] * self.budget["patches_per_volume"] * self.volumes
         settings = {"dataset": self.dataset.stem, "scale": self.scale, "axial_slices": self.axial_slices, **self.budget}

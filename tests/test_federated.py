@@ -150,6 +150,6 @@ def test_the_documented_scripts_run_under_nvidia_flare(tmp_path):
     (checkpoint,) = tmp_path.rglob("best_FL_global_model.pt")
     monai.bundle.run(
         config_file=str(ROOT / "configs" / "inference.json"), dataset_dir=str(tmp_path / "site-1" / "sub-03.nii.gz"),
-        output_dir=str(tmp_path), checkpoint=str(checkpoint), **toy.TINY_OVERRIDES,
+        output_dir=str(tmp_path), checkpoint=str(checkpoint), **toy.TINY_INFERENCE,
     )  # fmt: skip
     assert nib.load(tmp_path / "sub-03_sr.nii.gz").shape == (2 * toy.SHAPE[0], 2 * toy.SHAPE[1], toy.SHAPE[2])

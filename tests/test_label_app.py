@@ -294,7 +294,13 @@ def test_a_volume_that_is_passed_over_is_named_with_the_reason(tmp_path):
 
 @pytest.mark.parametrize(
     ("network", "menu"),
-    [(None, ["2"]), ("fast", ["2"]), ("any_factor", ["2", "1.5", "2.5", "3", "4"]), ("isotropic", None), ("bicubic", ["2"])],
+    [
+        (None, ["2", "1.5", "2.5", "3", "4"]),
+        ("fast", ["2"]),
+        ("any_factor", ["2", "1.5", "2.5", "3", "4"]),
+        ("isotropic", None),
+        ("bicubic", ["2"]),
+    ],
 )
 def test_the_menu_offers_what_the_weights_are_made_for(network, menu, tmp_path):
     app = runpy.run_path(str(ROOT / "scripts" / "label_app" / "main.py"))
@@ -422,5 +428,5 @@ def test_stock_app_returns_the_refined_grid(server, expected, tmp_path):
             assert volume.shape == expected[name].shape
             assert volume.get_data_dtype() == np.float32
             np.testing.assert_allclose(volume.affine, expected[name].affine, atol=1e-4)
-            np.testing.assert_allclose(volume.get_fdata(), expected[name].get_fdata(), atol=0.01)
+            np.testing.assert_allclose(volume.get_fdata(), expected[name].get_fdata(), atol=0.2)  # of 1000: each rounds in its way
         assert not (tmp_path / "output").exists()

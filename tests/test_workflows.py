@@ -412,7 +412,8 @@ def test_a_network_for_any_factor_is_trained_and_evaluated_at_one(data, tmp_path
 def test_thick_slices_are_trained_on_and_evaluated(tmp_path):
     toy.write_subjects(tmp_path / "data", 5, (24, 22, 26))  # slices of 2 mm
     options = {**SMALL_FAST, "dataset_dir": str(tmp_path / "data"), "max_epochs": 1, "thickness": 6}
-    run("train", "thick_slices", output_dir=str(tmp_path), **options)
+    acquired = {"slices_per_volume": 4, "patches_per_slice": 2, "warmup_iterations": 1}
+    run("train", "thick_slices", "random_acquisitions", output_dir=str(tmp_path), **{**options, **acquired})
     out, weights = tmp_path / "evaluation", str(tmp_path / "models" / "model.pt")
     files = ("train", "thick_slices", "evaluate", "evaluate_thick_slices")
     run(*files, output_dir=str(out), checkpoint=weights, thicknesses=[4, 5], slice_profile="box", slice_gap=0.2, **options)

@@ -12,6 +12,7 @@ from monai.bundle import ConfigWorkflow
 
 BUNDLE_ROOT = os.path.join("models", "brain_mri_super_resolution")
 SMALL_NETWORK = {"network_def::features": 4, "network_def::num_modules": 1}
+SMALL_GENERAL = {"network_def::features": 4, "network_def::num_blocks": 1}
 TRAIN = {
     **SMALL_NETWORK,
     "split": [2, 1, 1],
@@ -64,7 +65,7 @@ class TestBrainMRISuperResolution(unittest.TestCase):
     def test_infer_config(self):
         scan = os.path.join(self.dataset_dir, "sub-0.nii.gz")
         # an untrained network: do not load weights
-        self.run_workflow("infer", "inference", dataset_dir=scan, load_weights=False, **SMALL_NETWORK)
+        self.run_workflow("infer", "inference", dataset_dir=scan, load_weights=False, **SMALL_GENERAL)
         self.assertEqual(nib.load(os.path.join(self.output_dir, "sub-0_sr.nii.gz")).shape, (80, 72, 4))
 
 

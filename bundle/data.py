@@ -11,11 +11,11 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from .conditions import positions
 from .errors import InputError, passed_over, reason
-from .resampling import PROFILES, check_factor, degrade, degrade_slices
+from .resampling import check_factor, degrade
 from .results import Results
 from .transforms import name_of
 
-__all__ = ["EpochSampler", "InferenceDataset", "PatchDataset", "RandomFactor", "RandomSlices"]
+__all__ = ["EpochSampler", "InferenceDataset", "PatchDataset", "RandomFactor"]
 
 
 class InferenceDataset(Dataset):
@@ -66,9 +66,8 @@ class PatchDataset(Dataset):
         threshold: intensity above which a pixel is foreground.
         augment: whether to flip and rotate by multiples of 90 degrees.
         seed: seed of the patches.
-        degradation: makes each input patch from its target (:class:`RandomFactor`, :class:`RandomSlices`); ``None`` uses the
+        degradation: makes each input patch from its target (:class:`RandomFactor`); ``None`` uses the
             ``"image"`` of the volumes.
-        any_plane: whether to use axial, coronal and sagittal planes, with the rows along any axis, instead of axial planes only.
         positions: whether ``"image"`` also has the positions (:func:`bundle.conditions.positions`) of a ``degradation``: (7, size, size).
 
     Raises:
@@ -84,14 +83,13 @@ class PatchDataset(Dataset):
         threshold: float = 0.05,
         augment: bool = True,
         seed: int = 0,
-        degradation: RandomFactor | RandomSlices | None = None,
-        any_plane: bool = False,
+        degradation: RandomFactor | None = None,
         positions: bool = False,
     ) -> None:
         self.pairs = []
         for volume in volumes:
             pair = [torch.as_tensor(volume[key])[0] for key in (("image", "label") if degradation is None else ("label",))]
-            sides = pair[0].shape[: 3 if any_plane else 2]
+            sides = pair[0].shape[:2]
             if min(sides) < size:
                 pixels = " x ".join(map(str, sides))
                 raise InputError(f"{name_of(volume['label'])}: slices of {pixels} pixels are smaller than a patch of {size} x {size}")
@@ -99,7 +97,7 @@ class PatchDataset(Dataset):
             self.pairs.append(torch.stack(pair).as_subclass(torch.Tensor).permute(3, 0, 1, 2).contiguous())
         self.size, self.patches_per_volume, self.seed = size, patches_per_volume, seed
         self.min_foreground, self.threshold, self.augment = min_foreground, threshold, augment
-        self.degradation, self.any_plane, self.positions = degradation, any_plane, positions
+        self.degradation, self.positions = degradation, positions
 
     def __len__(self) -> int:
         return len(self.pairs) * self.patches_per_volume
@@ -108,9 +106,6 @@ class PatchDataset(Dataset):
         """``{"image": (1, size, size), "label": (1, size, size)}``; any index from 0 upwards; epoch e starts at e x len."""
         random = np.random.default_rng((self.seed, index))
         pair = self.pairs[index % len(self.pairs)]
-        if self.any_plane:
-            across, rows, columns = random.permutation([0, 2, 3]).tolist()
-            pair = pair.permute(across, 1, rows, columns)
         for _ in range(10):
             z, x, y = (int(random.integers(n)) for n in (len(pair), pair.shape[2] - self.size + 1, pair.shape[3] - self.size + 1))
             patch = pair[z, :, x : x + self.size, y : y + self.size]
@@ -167,35 +162,6 @@ class RandomFactor:
         if self.common and random.integers(2):
             factors = (float(random.choice(self.common)),) * 2
         return degrade(image, factors, self.mode, self.interpolation), factors
-
-
-class RandomSlices:
-    """Degradation of a patch to thick slices along its rows, with random slice profile, gap and distance.
-
-    Half of the patches have no gap; a quarter is also coarser in the plane of the slices.
-
-    Args:
-        across: smallest and largest distance of the slices, in pixels.
-        in_plane: smallest and largest factor in the plane of the slices.
-        largest_gap: as a fraction of the distance.
-
-    Raises:
-        InputError: if ``across`` or ``in_plane`` are not two ascending numbers of at least 1.
-    """
-
-    def __init__(self, across: Sequence[float], in_plane: Sequence[float] = (1, 2), largest_gap: float = 0.3) -> None:
-        self.across, self.in_plane, self.largest_gap = _ascending(across), _ascending(in_plane), largest_gap
-        self.margin = math.ceil(5 * self.across[1])
-
-    def __call__(self, image: torch.Tensor, random: np.random.Generator) -> tuple[torch.Tensor, tuple[float, float]]:
-        """Degraded image, (H, W) to the same shape, and its factors."""
-        profile = PROFILES[random.integers(len(PROFILES))]
-        gap = random.uniform(0, self.largest_gap) if random.integers(2) else 0.0
-        in_plane = 1.0 if random.integers(4) else random.uniform(*self.in_plane)
-        if in_plane > 1:
-            image = degrade(image, (in_plane, 1.0))
-        across = random.uniform(*self.across)
-        return degrade_slices(image, across, profile, gap), (in_plane, across)
 
 
 def _turned(patch: torch.Tensor, turns: int, mirror: bool = False) -> torch.Tensor:

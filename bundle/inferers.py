@@ -146,7 +146,7 @@ class ForegroundInferer(SliceInferer):
             width = float(inputs.meta.get("slice_width", 0))  # type: ignore[attr-defined]
             width = width if WIDTHS[0] <= width <= WIDTHS[1] else 0.0
             widths = [width if thick else 0.0 for thick in across]
-            planes = inputs.as_subclass(Tensor).movedim(self.spatial_dim + 2, 0)[:, 0, 0]  # the facts are those of the first volume
+            planes = inputs.as_subclass(Tensor).movedim(axis, 0)[:, 0, 0]  # the facts are those of the first volume
             noise, spectrum = spectral_facts(measured_samples(planes, factors, self.interpolation))
             noise = noise if self.noise is None else self.noise
 

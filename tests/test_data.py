@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Orientationd
 from torch.utils.data import DataLoader, DistributedSampler
 
-from bundle.data import EpochSampler, InferenceDataset, PatchDataset, RandomFactor, RandomSlices
+from bundle.data import EpochSampler, InferenceDataset, PatchDataset, RandomFactor
 from bundle.errors import InputError
 from bundle.loading import LoadVolumed
 from bundle.resampling import degrade
@@ -252,36 +252,6 @@ class TestRandomFactor:
     def test_impossible_factors_are_refused(self, factors):
         with pytest.raises(InputError, match="factor"):
             RandomFactor(factors)
-
-
-class TestRandomSlices:
-    def test_patches_come_from_planes_of_every_orientation(self):
-        """In a volume whose intensity tells the place, the differences along rows and columns tell the plane."""
-        x, y, z = torch.meshgrid(*[torch.arange(20.0)] * 3, indexing="ij")
-        label = (0.1 + 0.001 * x + 0.002 * y + 0.004 * z)[None]
-        dataset = PatchDataset([{"image": label, "label": label}], size=5, any_plane=True, degradation=RandomSlices([2, 3]))
-        seen = set()
-        for item in (dataset[index] for index in range(60)):
-            patch = item["label"][0]
-            steps = sorted((abs(float(patch[1, 0] - patch[0, 0])), abs(float(patch[0, 1] - patch[0, 0]))))
-            seen.add(tuple(round(1000 * s) for s in steps))
-        assert seen == {(1, 2), (1, 4), (2, 4)}
-
-    def test_slices_vary_and_are_a_function_of_seed_and_index(self):
-        label = torch.from_numpy(toy.head((60, 60, 60)))[None] / 1000
-        first, second = (
-            PatchDataset([{"image": label, "label": label}], size=15, any_plane=True, degradation=RandomSlices([1.5, 7])) for _ in range(2)
-        )
-        errors = []
-        for index in range(30):
-            torch.testing.assert_close(first[index], second[index], atol=0, rtol=0)
-            errors.append(float((first[index]["image"] - first[index]["label"]).abs().mean()))
-        assert max(errors) > 3 * min(errors) > 0
-
-    @pytest.mark.parametrize("factors", [[4, 1.5], [0.5, 2], [2], "any", None])
-    def test_impossible_factors_are_refused(self, factors):
-        with pytest.raises(InputError, match="factor"):
-            RandomSlices(factors)
 
 
 class TestPatchDataset:

@@ -49,22 +49,23 @@ class PixelTVLoss(nn.Module):
 
 
 class PSNRLoss(nn.Module):
-    """Negative PSNR of each patch, in dB, averaged (Chen L. et al., ECCV 2022, doi 10.1007/978-3-031-20071-7_2).
+    """Negative PSNR of each patch or slice, in dB, averaged (Chen L. et al., ECCV 2022, doi 10.1007/978-3-031-20071-7_2).
 
-    Patches of all factors have equal weight. In a mean squared error, those of the largest factors would dominate, because their error is
+    Slices of all factors have equal weight. In a mean squared error, those of the largest factors would dominate, because their error is
     several times larger.
 
     Args:
         floor: added to the mean squared error (intensities in [0, 1]), so that errors below it hardly matter.
+        patches: number of consecutive patches that belong to one slice and share its PSNR.
     """
 
-    def __init__(self, floor: float = 1e-6) -> None:
+    def __init__(self, floor: float = 1e-6, patches: int = 1) -> None:
         super().__init__()
-        self.floor = floor
+        self.floor, self.patches = floor, patches
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Scalar loss of two (N, C, H, W) tensors in [0, 1]."""
-        errors = (prediction.float() - target.float()).square().flatten(1).mean(1)
+        """Scalar loss of two (N, C, H, W) tensors in [0, 1]; N is a multiple of ``patches``."""
+        errors = (prediction.float() - target.float()).square().reshape(len(target) // self.patches, -1).mean(1)
         return 10 * (errors + self.floor).log10().mean()
 
 

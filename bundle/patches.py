@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.transforms import RandBiasField
+from scipy import special
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .acquisition import Acquisition, Sampling, cut_to_acquired
-from .conditions import conditions, spectral_facts, zero_filled_excess
+from .acquisition import Acquisition, Sampling, cut_to_acquired, sampled
+from .conditions import conditions, spectral_facts
 from .errors import InputError
 from .resampling import check_factor, enlarge
 from .transforms import name_of
 
-__all__ = ["AcquiredPatches", "RandomAcquisition", "RandomContrast"]
+__all__ = ["AcquiredPatches", "RandomAcquisition", "RandomContrast", "RandomLesions"]
 
 THICK = 1.4  # times the smallest spacing: planes must not contain a coarser axis
 
@@ -123,6 +128,39 @@ class RandomContrast:
         return image
 
 
+class RandomLesions:
+    """Add small bright and dark ellipses to the anatomy of a slice, so that the network expects details that healthy anatomy lacks.
+
+    Args:
+        probability: probability of lesions in a slice.
+        count: largest number of lesions.
+        sizes: smallest and largest diameter, in pixels; small ones are more frequent.
+    """
+
+    def __init__(self, probability: float = 0.3, count: int = 12, sizes: tuple[float, float] = (1.5, 10)) -> None:
+        self.probability, self.count, self.sizes = probability, count, sizes
+
+    def __call__(self, image: Tensor, random: np.random.Generator) -> Tensor:
+        """(H, W) -> (H, W), not negative."""
+        anatomy = (image > 0.2).nonzero()
+        if random.random() >= self.probability or not len(anatomy):
+            return image
+        image = image.clone()
+        for _ in range(int(random.integers(1, self.count + 1))):
+            centre = anatomy[int(random.integers(len(anatomy)))].tolist()
+            radius = float(np.exp(random.uniform(*np.log(self.sizes)))) / 2
+            stretch, angle, edge = random.uniform(1, 1.6), random.uniform(0, np.pi), random.uniform(0.15, 1.2)
+            reach = math.ceil(radius * stretch + 3 * edge) + 1
+            box = tuple(slice(max(c - reach, 0), min(c + reach + 1, side)) for c, side in zip(centre, image.shape))
+            rows, columns = (grid - c - random.uniform(-0.5, 0.5) for grid, c in zip(np.mgrid[box], centre))
+            along = (rows * np.cos(angle) + columns * np.sin(angle)) / stretch
+            across = columns * np.cos(angle) - rows * np.sin(angle)
+            profile = torch.from_numpy(special.erfc((np.hypot(along, across) - radius) / (edge * math.sqrt(2))) / 2).float()
+            contrast = float(random.choice([-1, 1]) * random.uniform(0.1, 0.6)) * float(image[*centre])
+            image[box] += contrast * profile * (image[box] > 0.05)  # the air stays air
+        return image.clamp(min=0)
+
+
 class AcquiredPatches(Dataset):
     """Random patches of slices with random acquisitions. An item holds several patches of one slice, which is acquired as a whole, because
     changes in k-space affect the whole slice. Items are a pure function of (seed, index), like those of
@@ -133,6 +171,9 @@ class AcquiredPatches(Dataset):
             at most 1.4 times the smallest voxel side. Axes that the scanner interpolated are reduced to the acquired resolution.
         acquisition: draws the acquisitions.
         contrast: changes the contrast before the acquisition; ``None`` keeps it.
+        lesions: adds lesions before the acquisition; ``None`` adds none.
+        largest_reduction: half of the slices are first reduced by a random factor up to this, which varies the size of the anatomy in
+            pixels, and the sharpness and noise of the truth; 1 reduces none.
         size: side of the square patches, in pixels; even.
         patches_per_slice: patches per item.
         slices_per_volume: items per volume and epoch, the same for all volumes.
@@ -150,6 +191,8 @@ class AcquiredPatches(Dataset):
         volumes: Sequence[dict],
         acquisition: RandomAcquisition,
         contrast: RandomContrast | None = None,
+        lesions: RandomLesions | None = None,
+        largest_reduction: float = 1.0,
         size: int = 48,
         patches_per_slice: int = 8,
         slices_per_volume: int = 100,
@@ -160,22 +203,10 @@ class AcquiredPatches(Dataset):
     ) -> None:
         if not facts:
             raise InputError("random acquisitions train networks with facts: add configs/general.json or configs/thick_slices.json")
-        self.volumes: list[tuple[Tensor, list[int]]] = []
-        for item in volumes:
-            image = item["image"]
-            spacing, sides = [float(s) for s in image.pixdim], image.shape[1:]
-            planes = []
-            for axis in range(3):
-                within = [n for n in range(3) if n != axis]
-                a, b = (spacing[n] for n in within)
-                if max(a, b) < THICK * min(spacing) and min(sides[n] for n in within) >= size:
-                    planes.append(axis)
-            if not planes:
-                text = " x ".join(map(str, sides))
-                raise InputError(f"{name_of(image)}: {text} voxels have no plane of {size} x {size} pixels of nearly one size")
-            within = [n for n in range(3) if any(plane != n for plane in planes)]
-            self.volumes.append((cut_to_acquired(image.as_tensor()[0], within).half(), planes))
-        self.acquisition, self.contrast, self.size, self.seed = acquisition, contrast, size, seed
+        with ThreadPool(min(os.cpu_count() or 1, len(volumes))) as pool:
+            self.volumes = pool.map(lambda n: _truth(volumes[n]["image"], size), range(len(volumes)))
+        self.acquisition, self.contrast, self.lesions, self.largest_reduction = acquisition, contrast, lesions, largest_reduction
+        self.size, self.seed = size, seed
         self.patches_per_slice, self.slices_per_volume = patches_per_slice, slices_per_volume
         self.min_foreground, self.threshold = min_foreground, threshold
 
@@ -193,7 +224,12 @@ class AcquiredPatches(Dataset):
         measured = acquisition(truth, random)
         noise, spectrum = spectral_facts(measured)
         image = enlarge(measured, factors, truth.shape, "spline")
-        image = torch.stack([image, zero_filled_excess(image, factors, across)])
+        filled = measured  # what zero_filled_excess() computes from the interpolated slice: faster from the measured one
+        for axis, thick in enumerate(across):
+            step, size = [1.0, 1.0], list(filled.shape)
+            step[axis], size[axis] = factors[axis], truth.shape[axis]
+            filled = enlarge(filled, step, size, "spline" if thick else "kspace")
+        image = torch.stack([image, filled - image])
         patches = []
         for _ in range(self.patches_per_slice):
             for _ in range(10):
@@ -207,7 +243,7 @@ class AcquiredPatches(Dataset):
         return patches
 
     def _slice(self, volume: int, random: np.random.Generator) -> Tensor:
-        """A random slice with anatomy: rotated, mirrored, cropped to its content, with a random contrast."""
+        """A random slice with anatomy: rotated, mirrored, cropped to its content, reduced, with random contrast and lesions."""
         voxels, planes = self.volumes[volume]
         axis = int(random.choice(planes))
         for _ in range(10):
@@ -222,5 +258,26 @@ class AcquiredPatches(Dataset):
                 first, last = max(int(occupied[0]) - 8, 0), min(int(occupied[-1]) + 9, image.shape[side])
                 first, last = max(min(first, last - self.size), 0), max(last, min(first + self.size, image.shape[side]))
                 image = image.narrow(side, first, last - first)
+        largest = min(self.largest_reduction, *(side / self.size for side in image.shape))
+        if largest > 1 and random.random() < 0.5:
+            reduction = Sampling(float(random.uniform(1, largest)), str(random.choice(["kspace", "gaussian"])), 0.9)
+            image = sampled(image, (reduction, reduction))
         image = image if self.contrast is None else self.contrast(image, random)
+        image = image if self.lesions is None else self.lesions(image, random)
         return (image * float(random.uniform(0.75, 1.1))).contiguous()
+
+
+def _truth(image: MetaTensor, size: int) -> tuple[Tensor, list[int]]:
+    """A volume as the scanner acquired it, (X, Y, Z) in half precision, and the axes perpendicular to planes that hold a patch."""
+    spacing, sides = [float(s) for s in image.pixdim], image.shape[1:]
+    planes = []
+    for axis in range(3):
+        within = [n for n in range(3) if n != axis]
+        a, b = (spacing[n] for n in within)
+        if max(a, b) < THICK * min(spacing) and min(sides[n] for n in within) >= size:
+            planes.append(axis)
+    if not planes:
+        text = " x ".join(map(str, sides))
+        raise InputError(f"{name_of(image)}: {text} voxels have no plane of {size} x {size} pixels of nearly one size")
+    within = [n for n in range(3) if any(plane != n for plane in planes)]
+    return cut_to_acquired(image.as_tensor()[0], within).half(), planes

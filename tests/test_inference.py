@@ -514,9 +514,11 @@ class TestFoldersAsPeopleHaveThem:
         folders = [str(Path(name).parent) if "1.2." in name else name for name in results]
         stu = "PAT00001/STU00001"
         assert sorted(folders) == sorted(
-            ["copy of SER00001", f"{stu}/SER00001", f"{stu}/SER00002", *[f"{stu}/SER00003"] * 3, *["PAT00002"] * 2]
+            [f"{stu}/SER00001", f"{stu}/SER00002", *[f"{stu}/SER00003"] * 3, *["PAT00002"] * 2]
         )
-        assert "screenshot.dcm (Secondary Capture Image Storage: a screenshot or a scanned page)" in capsys.readouterr().out
+        log = capsys.readouterr().out
+        assert "screenshot.dcm (Secondary Capture Image Storage: a screenshot or a scanned page)" in log
+        assert f"copy of SER00001: a copy of slices in {study / 'SER00001'}" in log
 
 
 @pytest.mark.parametrize(("volumes", "bad"), [(3, 2), (1, 0)])

@@ -49,7 +49,7 @@ BIDS_IGNORED = "*.png\n*.html\nfailed.csv\n*_sr.*\n*_sr_dicom/\n"  # pictures, r
 BIDS_README = """# Super-resolved MRI
 
 `brain_mri_super_resolution` {version} made these volumes. Each `*_desc-sr_*.nii.gz` is a scan on a finer grid; its `.json` file names the
-source, the settings and the warnings. The detail that the network adds was not measured by the scanner. Not for diagnosis.
+source, the settings and the warnings. The detail that the network adds is an estimate, not a measurement. Not for diagnosis.
 """
 DICOM_ENDING = "_sr_dicom"  # of the folder of a series
 HOT = 6.0  # magnitude in the intensity scale that no ordinary voxel has
@@ -409,7 +409,7 @@ class SaveHtmlReportd(MapTransform):
         layers = [
             Layer("Input", "The input, interpolated to the grid of the result.", before),
             Layer("Result", "The network's result for the input.", after),
-            Layer("Residual", "Result minus input: what the network added. It is likely, not measured.", after - before, "signed"),
+            Layer("Residual", "Result minus input: what the network added, an estimate and not a measurement.", after - before, "signed"),
         ]
         title, unit = self.results.name(volume), float(before.meta["unit_intensity"])
         page = html_report(title, layers, unit, rows, [*report["warnings"], *not_compared])

@@ -213,7 +213,8 @@ def _along(image: Tensor, axis: int, matrix: Tensor) -> Tensor:
 def acquired_fraction(image: Tensor, axis: int) -> float:
     """Acquired fraction of k-space along an axis: below 1 if the scanner filled the rest with zeros to interpolate.
 
-    The spectrum of such an image drops abruptly well below the Nyquist frequency, while that of anatomy and noise falls evenly.
+    The spectrum of such an image drops abruptly well below the Nyquist frequency and stays low, while that of anatomy and noise falls
+    evenly, and that of repeated sharp edges rises again.
 
     Args:
         image: any number of axes.
@@ -231,8 +232,9 @@ def acquired_fraction(image: Tensor, axis: int) -> float:
     steps = [level[i - half : i].mean() - level[i : i + half].mean() for i in range(half, len(level) - half + 1)]
     steps = np.asarray(steps) - np.median(steps)
     steps[: max(0, round(0.4 * len(level)) - half)] = 0  # the spectrum of anatomy is steep at low frequencies
-    edge = int(steps.argmax())
-    return (edge + half) / (len(level) - 1) if steps[edge] > STEP else 1.0
+    edge = int(steps.argmax()) + half
+    stays_low = level[edge:].max() < level[edge - half : edge].mean()
+    return edge / (len(level) - 1) if steps[edge - half] > STEP and stays_low else 1.0
 
 
 def cut_to_acquired(volume: Tensor, axes: Sequence[int]) -> Tensor:

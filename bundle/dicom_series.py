@@ -206,7 +206,8 @@ def _common(source: Slice, image: MetaTensor, settings: dict, uids: Sequence[str
     ds.SeriesDescription = f"{NAME} {version()}: {header.get('SeriesDescription', '')}"[:64].rstrip(" :")
     factors = " x ".join(f"{float(f):g}" for f in image.meta.get("factor", []))
     ds.DerivationDescription = (
-        f"{RESULT_MARK} {version()}, factors {factors or 'unknown'}. What the network adds is likely, not measured. Not for diagnosis."
+        f"{RESULT_MARK} {version()}, factors {factors or 'unknown'}. "
+        "The detail that the network adds is an estimate, not a measurement. Not for diagnosis."
     )
     ds.DerivationCodeSequence = [_code("SpatialResampling")]
     ds.BurnedInAnnotation = "NO"

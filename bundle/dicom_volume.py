@@ -18,7 +18,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 from .dicom import Slice, in_order, passed_over, slices_of, volumes_in
 from .errors import InputError
 
-__all__ = ["TO_RAS", "check_slices", "grid_of_series", "load_series", "make_one_stack", "write_file"]
+__all__ = ["TO_RAS", "are_copies", "check_slices", "grid_of_series", "load_series", "make_one_stack", "write_file"]
 
 TOLERANCE = 0.05  # of the slice distance: largest deviation of a slice from an even grid
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM coordinates increase to the left and to the back
@@ -153,6 +153,19 @@ def make_one_stack(parts: Sequence[Sequence[Slice]]) -> bool:
     return True
 
 
+def are_copies(slices: Sequence[Slice], originals: Sequence[Slice]) -> bool:
+    """Whether all slices of one folder are also in another: same SOPInstanceUID, position and pixels."""
+    found = {_identity(slice_): slice_ for slice_ in originals if slice_.uid}
+    pairs = [(slice_, found.get(_identity(slice_))) for slice_ in slices]
+    planes, others = _Planes(""), _Planes("")  # one for each folder, because each remembers one file
+    try:
+        return all(other is not None and other.size == s.size for s, other in pairs) and all(
+            np.array_equal(planes[s], others[other]) for s, other in pairs if other is not None
+        )
+    except InputError:  # unreadable pixels: loading reports them
+        return False
+
+
 def _even_distance(series: str, slices: Sequence[Slice], positions: np.ndarray, normal: np.ndarray, in_plane: np.ndarray) -> float:
     """Distance between slices along their normal, (3,), in mm; for a single slice, the distance in its header."""
     if len(slices) == 1:
@@ -210,11 +223,16 @@ def _without_copies(slices: Sequence[Slice]) -> tuple[list[Slice], list[tuple[Sl
     kept: dict[tuple, Slice] = {}
     copies = []
     for slice_ in slices:
-        key = (slice_.uid or slice_.file, slice_.frame, *slice_.position)
+        key = _identity(slice_)
         if key in kept:
             copies.append((slice_, kept[key]))
         kept.setdefault(key, slice_)
     return list(kept.values()), copies
+
+
+def _identity(slice_: Slice) -> tuple:
+    """What a slice shares with its copies only."""
+    return (slice_.uid or slice_.file, slice_.frame, *slice_.position)
 
 
 def _without_twins(slices: Sequence[Slice], planes: _Planes) -> tuple[list[Slice], list[Slice]]:

@@ -211,7 +211,7 @@ def sidecar(path: str | Path) -> dict[str, Any]:
     for folder in folders:  # from the top: the nearer one overrides
         for file in _sidecars(folder, entities, suffix) if top else [folder / (strip_extension(path.name) + ".json")]:
             try:
-                content = json.loads(file.read_text(encoding="utf-8"))
+                content = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda name: None)  # NaN and infinity are unknown
             except (OSError, ValueError):
                 continue
             facts |= content if isinstance(content, dict) else {}

@@ -14,13 +14,14 @@ from .headers import file_format, itk_reader, named_as_nibabel_wants, read_heade
 
 __all__ = ["looks_like", "values_look_like"]
 
-# BIDS suffixes, and entities for parts of complex data
+# BIDS suffixes, entities for parts of complex data, and endings of dcm2niix
 NAMES = {
     "bold": "a BOLD series", "cbv": "a BOLD series", "sbref": "a reference image of a series",
     "dwi": "a diffusion series", "asl": "an ASL series",
-    "phase": "a phase map", "phase1": "a phase map", "phase2": "a phase map", "phasediff": "a phase map", "fieldmap": "a field map",
+    "ph": "a phase map", "phase": "a phase map", "phase1": "a phase map", "phase2": "a phase map", "phasediff": "a phase map",
+    "fieldmap": "a field map",
     "probseg": "a probability map", "part-phase": "a phase map", "part-real": "the real part of complex data",
-    "part-imag": "the imaginary part of complex data",
+    "part-imag": "the imaginary part of complex data", "imaginary": "the imaginary part of complex data",
 }  # fmt: skip
 MASKS = ("mask", "dseg", "seg", "label", "labels", "roi", "lesion")
 FEW_VALUES = 64

@@ -39,6 +39,18 @@ __all__ = ["CompareWithTrainingd", "Consistencyd", "Results", "SaveComparisond",
 logger = logging.getLogger(__name__)
 
 BIDS_FOLDERS = ("anat", "dwi", "fmap", "func", "perf")
+# entries of a source's sidecar that also apply to the result
+ACQUISITION = (
+    *("Manufacturer", "ManufacturersModelName", "MagneticFieldStrength", "MRAcquisitionType", "ScanningSequence", "SequenceVariant"),
+    *("SequenceName", "EchoTime", "EchoTime1", "EchoTime2", "RepetitionTime", "InversionTime", "FlipAngle", "ContrastBolusIngredient"),
+    *("PhaseEncodingDirection", "TotalReadoutTime", "SpatialReference"),
+)
+BIDS_IGNORED = "*.png\n*.html\nfailed.csv\n*_sr.*\n*_sr_dicom/\n"  # pictures, reports, and results of volumes without a BIDS name
+BIDS_README = """# Super-resolved MRI
+
+`brain_mri_super_resolution` {version} made these volumes. Each `*_desc-sr_*.nii.gz` is a scan on a finer grid; its `.json` file names the
+source, the settings and the warnings. The detail that the network adds is an estimate, not a measurement. Not for diagnosis.
+"""
 DICOM_ENDING = "_sr_dicom"  # of the folder of a series
 HOT = 6.0  # magnitude in the intensity scale that no ordinary voxel has
 FILLED = 0.8  # fraction of k-space below which a grid is worth a remark
@@ -119,8 +131,8 @@ class Results:
         write_atomically(self.path(volume, ending), write)
 
     def bids_facts(self, volume: str) -> dict[str, Any]:
-        """Entries that BIDS requires in the sidecar of a result; empty if the result is not a BIDS derivative. The first call also writes
-        ``dataset_description.json`` and ``.bidsignore``."""
+        """Entries of BIDS for the sidecar of a result: its source, and how that was acquired; empty if the result is not a BIDS
+        derivative. The first call also writes ``dataset_description.json``, ``README.md`` and ``.bidsignore``."""
         if not self.bids or _bids_name(Path(volume)) is None:
             return {}
         if not (self.output_dir / "dataset_description.json").exists():
@@ -133,10 +145,14 @@ class Results:
             }
             if self.raw is not None:
                 description["DatasetLinks"] = {"raw": Path(os.path.relpath(self.raw, self.output_dir)).as_posix()}
+            for name, text in (("README.md", BIDS_README.format(version=version())), (".bidsignore", BIDS_IGNORED)):
+                write_atomically(self.output_dir / name, partial(Path.write_text, data=text, encoding="utf-8"))
             write_json(self.output_dir / "dataset_description.json", description)
-            # BIDS allows no pictures or reports beside volumes
-            write_atomically(self.output_dir / ".bidsignore", lambda part: part.write_text("*.png\n*.html\nfailed.csv\n", encoding="utf-8"))
-        facts: dict[str, Any] = {"Description": RESULT_MARK, "SkullStripped": bool(sidecar(volume).get("SkullStripped", False))}
+        source = sidecar(volume)
+        facts: dict[str, Any] = {key: source[key] for key in ACQUISITION if source.get(key) is not None}
+        facts |= {"Description": RESULT_MARK, "SkullStripped": bool(source.get("SkullStripped", False))}
+        if "_res-" in Path(volume).name:  # BIDS then requires an explanation
+            facts["Resolution"] = "finer than that of the source, by the factors that are given here"
         if self.raw is not None:
             facts["Sources"] = [f"bids:raw:{Path(os.path.abspath(volume)).relative_to(self.raw).as_posix()}"]
         return facts
@@ -199,6 +215,7 @@ def _bids_name(path: Path) -> Path | None:
     if not file_format(path) or not entities or not entities[0].startswith("sub-") or not all("-" in e for e in entities):
         return None
     description = next((e for e in entities if e.startswith("desc-")), "desc-")
+    entities = [f"{e}sr" if e.startswith("res-") else e for e in entities]  # it is that of the source no longer
     folders = [e for e in entities if e.startswith(("sub-", "ses-"))]
     kind = path.parent.name if path.parent.name in BIDS_FOLDERS else "anat"
     return Path(*folders, kind, "_".join([*(e for e in entities if e != description), f"{description}sr", suffix]))
@@ -392,7 +409,7 @@ class SaveHtmlReportd(MapTransform):
         layers = [
             Layer("Input", "The input, interpolated to the grid of the result.", before),
             Layer("Result", "The network's result for the input.", after),
-            Layer("Residual", "Result minus input: what the network added. It is likely, not measured.", after - before, "signed"),
+            Layer("Residual", "Result minus input: what the network added, an estimate and not a measurement.", after - before, "signed"),
         ]
         title, unit = self.results.name(volume), float(before.meta["unit_intensity"])
         page = html_report(title, layers, unit, rows, [*report["warnings"], *not_compared])

@@ -16,7 +16,7 @@ from typing import Any
 
 from .arguments import paths
 from .dicom import Slice, find_dicom, find_series, is_dicom, passed_over, volumes_in
-from .dicom_volume import make_one_stack
+from .dicom_volume import are_copies, make_one_stack
 from .errors import InputError
 from .headers import RESULT_MARK, companions, file_format
 from .recognition import looks_like
@@ -68,7 +68,7 @@ def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> Volum
         pattern: file name patterns (``"*_t1ce.nii.gz"``). They replace the choice by format and content.
 
     A file that is given by its own name is always used. In folders, label maps, series, colour images and phase maps are skipped, and so
-    are results of earlier runs and second names of one file. The log lists skipped files with the reason.
+    are results of earlier runs, second names of one file and copies of a DICOM series. The log lists skipped files with the reason.
 
     Raises:
         InputError: if a path does not exist, or no volume is found.
@@ -154,7 +154,16 @@ def _below(top: Path, pattern: str | Sequence[str] | None, passed: list[str]) ->
                 series.setdefault(name, []).extend([(path, its_slices)] * bool(path))
             others = passed_over(folder)
             passed += [f"{folder}: {others}"] if others else []
-    for parts in series.values():
+    for places in series.values():
+        parts: list[tuple[str, list[Slice]]] = []
+        # a copy has fewer slices, or the longer name
+        for path, its_slices in sorted(places, key=lambda place: (-len(place[1]), len(Path(place[0]).name), place[0])):
+            original = next((other for other, slices_there in parts if are_copies(its_slices, slices_there)), None)
+            if original is None:
+                parts.append((path, its_slices))
+            else:
+                passed.append(f"{path}: a copy of slices in {original}")
+                volumes.remove(path)
         if len(parts) > 1 and make_one_stack([slices for _, slices in parts]):
             passed.append(f"{', '.join(path for path, _ in parts)}: hold parts of one series; put them into one folder")
             volumes = [v for v in volumes if v not in [path for path, _ in parts]]

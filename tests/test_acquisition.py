@@ -90,6 +90,13 @@ class TestKspace:
         assert acquired_fraction(filled, 0) == 1
         assert acquired_fraction(filled, 1) == pytest.approx(1 / 1.5, abs=0.04)
 
+    def test_repeated_edges_are_not_taken_for_zero_filling(self):
+        """Their spectrum has gaps, but rises again."""
+        blocks = torch.zeros(64, 72)
+        for start in range(8, 64, 12):
+            blocks[8:56, start : start + 6] = 1
+        assert acquired_fraction(blocks, 1) == 1
+
 
 class TestAcquisition:
     def test_noise_is_rician(self):

@@ -139,14 +139,27 @@ class TestFinding:
     def test_series_filed_in_parts_is_not_taken_for_several(self, tmp_path, caplog):
         folder = toy.write_dicom(tmp_path / "all" / "a")
         toy.write_dicom(tmp_path / "all" / "other")
-        shutil.copytree(folder, tmp_path / "all" / "copy")
-        assert len(find_volumes(tmp_path / "all")) == 3
-        shutil.rmtree(tmp_path / "all" / "copy")
         (tmp_path / "all" / "b").mkdir()
         for file in sorted(folder.iterdir())[1::2]:
             file.rename(tmp_path / "all" / "b" / file.name)
         assert find_volumes(tmp_path / "all") == [str(tmp_path / "all" / "other")]
         assert "hold parts of one series; put them into one folder" in caplog.text
+
+    def test_copied_series_is_done_once(self, tmp_path, caplog):
+        t1 = toy.write_dicom(tmp_path / "t1")
+        again = shutil.copytree(t1, tmp_path / "t2" / "t1")
+        part = shutil.copytree(t1, tmp_path / "a part of t1")
+        (part / "slice006.dcm").unlink()
+        other = toy.write_dicom(tmp_path / "mixed")
+        uid, other_uid = (pydicom.dcmread(folder / "slice001.dcm").SeriesInstanceUID for folder in (t1, other))
+        for path in t1.iterdir():
+            shutil.copy(path, other / f"t1 {path.name}")
+        masked = shutil.copytree(t1, tmp_path / "t1 masked")  # same UIDs, other pixels
+        toy_dicom.edit(lambda ds, number: setattr(ds, "PixelData", (ds.pixel_array * (number > 1)).tobytes()), masked)
+        assert find_volumes(tmp_path) == sorted(str(path) for path in (t1, other / other_uid, masked))
+        for copy in (again, part, other / uid):
+            assert f"passed over: {copy}: a copy of slices in {t1}" in caplog.text
+        assert find_volumes([str(t1), str(part)]) == [str(part), str(t1)]  # named by the user
 
     def test_changed_neighbour_changes_the_series_of_a_slice(self, tmp_path):
         folder = toy.write_mixed(tmp_path / "two")

@@ -43,6 +43,7 @@ class TestResultPath:
             ("sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_desc-sr_T1w.json"),
             ("sub-01_ses-2_acq-x_T2w.nii", "sub-01/ses-2/anat/sub-01_ses-2_acq-x_desc-sr_T2w.json"),
             ("sub-01/fmap/sub-01_desc-preproc_magnitude1.nii.gz", "sub-01/fmap/sub-01_desc-preprocsr_magnitude1.json"),
+            ("sub-01_space-MNI_res-2_T1w.nii.gz", "sub-01/anat/sub-01_space-MNI_res-2sr_desc-sr_T1w.json"),
             ("site/t1_mprage.nii.gz", "site/t1_mprage_sr.json"),
         ],
     )

@@ -488,19 +488,48 @@ class TestFoldersAsPeopleHaveThem:
             if number < 3:  # what was not fetched is a broken link
                 toy.write_nifti(key, toy.head((20, 22, 3), seed=number), toy.affine((1, 1, 5)))
         (data / "dataset_description.json").write_text('{"Name": "toy", "BIDSVersion": "1.10.0"}')
-        (data / "T1w.json").write_text('{"Modality": "MR", "SliceThickness": 4}')
+        (data / "T1w.json").write_text('{"Modality": "MR", "SliceThickness": 4, "EchoTime": 0.003, "FlipAngle": NaN}')
         out = data / "derivatives" / "brain_mri_super_resolution"
         for _ in range(2):  # the results are no input of a second run
             with pytest.raises(RuntimeError) as error:
                 infer(data, output_dir=out, bids=True)
             assert "1 of 3 volumes failed" in reason(error.value) and "sub-03_T1w.nii.gz: a link to " in reason(error.value)
         names = [f"sub-{n:02d}/anat/sub-{n:02d}_desc-sr_T1w.{ending}" for n in (1, 2) for ending in ("json", "nii.gz", "png")]
-        assert files_below(out) == [".bidsignore", "dataset_description.json", "failed.csv", *names]
+        assert files_below(out) == [".bidsignore", "README.md", "dataset_description.json", "failed.csv", *names]
         description = json.loads((out / "dataset_description.json").read_text())
         assert (description["DatasetType"], description["GeneratedBy"][0]["Name"]) == ("derivative", "brain_mri_super_resolution")
         assert (out / description["DatasetLinks"]["raw"]).samefile(data)
         facts = json.loads((out / names[0]).read_text())
         assert (facts["Sources"], facts["SkullStripped"]) == (["bids:raw:sub-01/anat/sub-01_T1w.nii.gz"], False)
+        assert facts["EchoTime"] == 0.003 and "FlipAngle" not in facts
+
+    def test_bids_validator_finds_no_error(self, infer, tmp_path):
+        command = shutil.which("bids-validator-deno") or shutil.which("bids-validator")
+        if not command:
+            pytest.skip("needs the BIDS validator (pip install bids-validator-deno)")
+        data = tmp_path / "bids"
+        names = (
+            *(
+                "sub-01/anat/sub-01_T1w.nii.gz",
+                "sub-02/ses-1/anat/sub-02_ses-1_acq-hi_run-1_T2w.nii",
+                "sub-01/anat/sub-01_inv-1_MP2RAGE.nii.gz",
+            ),
+            *(
+                "sub-01/anat/sub-01_echo-1_part-mag_MEGRE.nii.gz",
+                "sub-01/perf/sub-01_m0scan.nii.gz",
+                "sub-01/fmap/sub-01_dir-AP_epi.nii.gz",
+            ),
+            *("sub-01/anat/sub-01_space-MNI152NLin2009cAsym_res-2_desc-preproc_T1w.nii.gz", "sub-01/anat/t1_without_a_bids_name.nii.gz"),
+        )
+        for number, name in enumerate(names):
+            toy.write_nifti(data / name, toy.head((20, 22, 3), seed=number), toy.affine((1, 1, 5)))
+        (data / "epi.json").write_text('{"TotalReadoutTime": 0.05, "PhaseEncodingDirection": "j-"}')
+        (data / "dataset_description.json").write_text('{"Name": "toy", "BIDSVersion": "1.10.0"}')
+        out = infer(data, bids=True, report=True)
+        assert len(list(out.rglob("*.nii.gz"))) == len(names)
+        found = subprocess.run([command, "--format", "json", str(out)], capture_output=True, text=True).stdout
+        issues = json.loads(found)["issues"]["issues"]
+        assert {issue["code"] for issue in issues} <= {"TOO_FEW_AUTHORS", "SIDECAR_KEY_RECOMMENDED"}, issues
 
     def test_archive_of_dicom(self, infer, tmp_path, capsys):
         study = tmp_path / "pacs" / "PAT00001" / "STU00001"
@@ -513,10 +542,10 @@ class TestFoldersAsPeopleHaveThem:
         results = [name.removesuffix("_sr.nii.gz") for name in files_below(out) if name.endswith("_sr.nii.gz")]
         folders = [str(Path(name).parent) if "1.2." in name else name for name in results]
         stu = "PAT00001/STU00001"
-        assert sorted(folders) == sorted(
-            ["copy of SER00001", f"{stu}/SER00001", f"{stu}/SER00002", *[f"{stu}/SER00003"] * 3, *["PAT00002"] * 2]
-        )
-        assert "screenshot.dcm (Secondary Capture Image Storage: a screenshot or a scanned page)" in capsys.readouterr().out
+        assert sorted(folders) == sorted([f"{stu}/SER00001", f"{stu}/SER00002", *[f"{stu}/SER00003"] * 3, *["PAT00002"] * 2])
+        log = capsys.readouterr().out
+        assert "screenshot.dcm (Secondary Capture Image Storage: a screenshot or a scanned page)" in log
+        assert f"copy of SER00001: a copy of slices in {study / 'SER00001'}" in log
 
 
 @pytest.mark.parametrize(("volumes", "bad"), [(3, 2), (1, 0)])

@@ -42,6 +42,14 @@ def test_what_is_no_scan_is_passed_over_by_name(what, tmp_path, caplog):
     assert find_volumes(path) == [str(path)]  # named by itself
 
 
+def test_phase_of_dcm2niix_is_passed_over(tmp_path):
+    scan = toy.write_nifti(tmp_path / "swi_e1.nii.gz")
+    toy.write_nifti(tmp_path / "swi_e1_ph.nii.gz")
+    found = find_volumes(tmp_path)
+    assert found == [str(scan)]
+    assert list(found.passed_over) == [f"{tmp_path / 'swi_e1_ph.nii.gz'}: a phase map"]
+
+
 @pytest.mark.parametrize("what", ["mask", "label map", "phase map"])
 def test_what_is_named_is_done_with_a_warning(what, tmp_path):
     path = toy.NO_SCANS[what](tmp_path)

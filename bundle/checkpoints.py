@@ -14,11 +14,13 @@ import ignite.distributed as idist
 import monai.handlers
 import torch
 from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import from_engine
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from . import root
 from .errors import InputError, switch
 from .files import write_atomically
 
@@ -39,7 +41,7 @@ class CheckpointLoader(monai.handlers.CheckpointLoader):
         try:
             super().__call__(engine)
         except Exception as e:
-            raise InputError(f"{self.load_path}: {_why_not_loaded(e)}") from e
+            raise InputError(f"{self.load_path}: {_why_not_loaded(e)}{_fitting_overlay(self.load_path, e)}") from e
 
 
 def load_weights(network: torch.nn.Module, path: str | Path) -> None:
@@ -51,7 +53,7 @@ def load_weights(network: torch.nn.Module, path: str | Path) -> None:
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:
-        raise InputError(f"{path}: {_why_not_loaded(e)}") from e
+        raise InputError(f"{path}: {_why_not_loaded(e)}{_fitting_overlay(path, e)}") from e
 
 
 class Checkpoints:
@@ -182,3 +184,19 @@ def _why_not_loaded(error: Exception) -> str:
     if "state_dict" in lines[0]:
         return f"weights of another network ({' '.join(lines[1:2])[:150]})"
     return f"damaged, or no checkpoint ({lines[0][:150]})"
+
+
+def _fitting_overlay(path: str | Path, error: Exception) -> str:
+    """A hint which overlay chooses the network of these weights, if their names and shapes fit one; empty for other errors."""
+    if "state_dict" not in str(error).partition("\n")[0]:
+        return ""
+    shapes = {key: value.shape for key, value in torch.load(path, map_location="cpu", weights_only=True).items()}
+    configs = Path(root()) / "configs"
+    for overlay in [configs / "general.json", configs / "any_factor.json", *sorted((configs / "networks").glob("*.json"))]:
+        parser = ConfigParser()
+        parser.read_config([str(configs / "train.json"), str(overlay)])
+        with torch.device("meta"):
+            network = parser.get_parsed_content("network_def")
+        if shapes == {key: value.shape for key, value in network.state_dict().items()}:
+            return f"; they fit the network of {overlay.relative_to(configs.parent)}"
+    return ""

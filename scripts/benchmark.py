@@ -48,7 +48,6 @@ WHOLE = {  # network -> overlays and options of a whole run
     "fast": (["networks/fast"], []),
     "general": ([], []),
     "general, naive": ([], NAIVE),
-    "large": (["large"], []),
     "the paper's": (["networks/proposed"], []),
 }
 SMALL = dict(side=48, slices=2)

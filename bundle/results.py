@@ -332,7 +332,7 @@ class SaveVolumed(MapTransform):
             if "sd" in data:
                 deviation = oriented(data["sd"], "".join(nib.aff2axcodes(image.affine.cpu().numpy())))
                 in_units = deviation.as_tensor() * float(deviation.meta["unit_intensity"])
-                self._save(MetaTensor(in_units, affine=image.affine, meta=image.meta), volume, MAP_ENDING)
+                self._save(MetaTensor(in_units, meta=image.meta), volume, MAP_ENDING)
                 facts = self.results.bids_facts(volume)
                 if facts:  # a BIDS derivative needs a sidecar
                     path = self.results.path(volume, MAP_ENDING)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .checkpoints import load_weights
 from .errors import InputError, switch
@@ -37,6 +39,8 @@ Z = 1.645  # standard deviations on each side, which hold 90 % of a normal distr
 RATIOS = np.logspace(-4, 4, 3201)  # borders of the bins: errors divided by the standard deviation of the map
 ERRORS = np.logspace(-6, 2, 3201)  # errors, on the intensity scale
 RANKED = 100_000  # voxels of a volume for the rank correlation
+REGION = 6  # pixels, along both sides
+RANKS = ("rank", "rank_of_neighbours", "rank_of_regions")
 TOO_FAR = "the uncertainty map cannot be trusted: the scan is far from the training data"
 NOT_COMPARED = "the uncertainty map may be wrong: the scan was not compared with the training data"
 
@@ -104,23 +108,35 @@ def attach(network: nn.Module, head: Head | None, weights: str | None) -> nn.Mod
 
 
 class Cell(NamedTuple):
-    """Errors of one volume in one acquisition, compared with the map."""
+    """Errors of one volume in one acquisition, compared with the map. Ranks are Spearman's correlations."""
 
     ratios: np.ndarray  # fraction of the voxels in each bin of RATIOS; those below the first border are in the first
     errors: np.ndarray  # the same for ERRORS
     deviation: float  # mean of the map
-    rank_correlation: float
+    rank: float  # of the map and the magnitude of the error, voxel by voxel
+    rank_of_neighbours: float  # of the magnitude of the error and the root mean square of those of its 24 neighbours
+    rank_of_regions: float  # of the root mean squares of map and error over regions of 6 x 6 pixels
 
 
 def measured(result: Tensor, deviation: Tensor, truth: Tensor) -> Cell:
-    """Compare a map with the true errors in the head (truth above 0.05), on the scale of the intensities; all of one shape."""
+    """Compare a map with the true errors in the head (truth above 0.05), on the scale of the intensities.
+
+    The magnitude of a single error is mostly chance, whatever its standard deviation: ``rank_of_neighbours`` says what even a map reaches
+    that knows the true errors around each voxel. ``rank_of_regions`` averages over chance.
+
+    Args:
+        result, deviation, truth: (N, H, W). Regions lie in the last two axes.
+    """
     inside = truth > FOREGROUND
-    errors = (result - truth)[inside].abs().double().numpy()
-    deviations = deviation[inside].double().numpy()
-    some = np.random.default_rng(0).choice(len(errors), min(len(errors), RANKED), replace=False)
+    error = (result - truth).double()
+    errors, deviations = error[inside].abs(), deviation[inside].double()
+    around = (25 * F.avg_pool2d(error.square(), 5, 1, 2) - error.square())[inside]
+    some = torch.from_numpy(np.random.default_rng(0).choice(len(errors), min(len(errors), RANKED), replace=False))
+    weight = F.avg_pool2d(inside.double(), REGION)
+    squares = (F.avg_pool2d(v.double().square() * inside, REGION)[weight > 0.5] / weight[weight > 0.5] for v in (error, deviation))
     return Cell(
-        _histogram(errors / deviations, RATIOS), _histogram(errors, ERRORS), float(deviations.mean()),
-        float(spearmanr(errors[some], deviations[some]).statistic),
+        _histogram(errors.numpy() / deviations.numpy(), RATIOS), _histogram(errors.numpy(), ERRORS), float(deviations.mean()),
+        _rank(errors[some], deviations[some]), _rank(errors[some], around[some]), _rank(*squares),
     )  # fmt: skip
 
 
@@ -138,24 +154,22 @@ def quality(rows: Mapping[str, Mapping[str, Cell]], factors: Mapping[str, float]
         factors: of each volume.
 
     Returns:
-        for each acquisition the number of ``"volumes"``; the ``"coverage"`` of the 90 % interval, mean over volumes, and the ``"smallest"``
-        and the ``"largest"``; the ``"rank_correlation"`` of map and error, mean and smallest; the mean ``"width"`` of the interval, on the
+        for each acquisition, and for ``"all"`` of them: the number of ``"volumes"``; the ``"coverage"`` of the 90 % interval, mean over
+        volumes, ``"smallest"`` and ``"largest"``; the means of the ranks of :class:`Cell`; the mean ``"width"`` of the interval, on the
         intensity scale; and that of the ``"constant"`` interval that covers as much of this acquisition.
     """
     table = {}
-    for row, cells in rows.items():
-        covered = [_below(cell.ratios, RATIOS, Z * factors[volume]) for volume, cell in cells.items()]
-        ranks = [cell.rank_correlation for cell in cells.values()]
-        pooled = np.mean([cell.errors for cell in cells.values()], 0)
+    for row in (*rows, "all"):
+        of_row = [(cell, factors[volume]) for name in (rows if row == "all" else [row]) for volume, cell in rows[name].items()]
+        covered = [_below(cell.ratios, RATIOS, Z * factor) for cell, factor in of_row]
         table[row] = {
-            "volumes": len(cells),
+            "volumes": len(of_row),
             "coverage": float(np.mean(covered)),
             "smallest": min(covered),
             "largest": max(covered),
-            "rank_correlation": float(np.mean(ranks)),
-            "smallest_rank_correlation": min(ranks),
-            "width": 2 * Z * float(np.mean([factors[volume] * cell.deviation for volume, cell in cells.items()])),
-            "constant": 2 * _quantile(pooled, ERRORS, float(np.mean(covered))),
+            **{name: float(np.mean([getattr(cell, name) for cell, _ in of_row])) for name in RANKS},
+            "width": 2 * Z * float(np.mean([factor * cell.deviation for cell, factor in of_row])),
+            "constant": 2 * _quantile(np.mean([cell.errors for cell, _ in of_row], 0), ERRORS, float(np.mean(covered))),
         }
     return table
 
@@ -197,17 +211,23 @@ def write_calibration(head: Head, rows: Mapping[str, Mapping[str, Cell]], table:
 def markdown(table: Mapping[str, Mapping[str, float]]) -> str:
     """The table of :func:`quality`."""
     lines = [
-        "| low resolution | volumes | coverage of the 90 % interval: mean (smallest to largest) "
-        "| rank correlation with the error: mean (smallest) | mean width | width of a constant interval |",
-        "|---|---|---|---|---|---|",
+        "| low resolution | volumes | coverage of the 90 % interval: mean (smallest to largest) | rank correlation with the error: voxels "
+        "| neighbours' true errors | regions | mean width | constant interval (the map against it) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row, q in table.items():
         lines.append(
-            f"| {row} | {q['volumes']} | {q['coverage']:.1%} ({q['smallest']:.1%} to {q['largest']:.1%}) "
-            f"| {q['rank_correlation']:.2f} ({q['smallest_rank_correlation']:.2f}) | {q['width']:.4f} "
-            f"| {q['constant']:.4f} ({q['width'] / q['constant'] - 1:+.0%}) |"
+            f"| {row} | {q['volumes']} | {100 * q['coverage']:.1f} % ({100 * q['smallest']:.1f} to {100 * q['largest']:.1f} %) "
+            f"| {q['rank']:.2f} | {q['rank_of_neighbours']:.2f} | {q['rank_of_regions']:.2f} | {q['width']:.4f} "
+            f"| {q['constant']:.4f} ({100 * q['width'] / q['constant'] - 100:+.0f} %) |"
         )
-    return "\n".join(lines).replace("%", " %").replace("90  %", "90 %") + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def _rank(first: Tensor, second: Tensor) -> float:
+    """NaN-free: 0 where one of both is constant."""
+    value = float(spearmanr(first.numpy(), second.numpy()).statistic) if len(first) > 2 else 0.0
+    return value if np.isfinite(value) else 0.0
 
 
 def _histogram(values: np.ndarray, borders: np.ndarray) -> np.ndarray:

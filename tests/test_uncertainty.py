@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import toy
+import toy_dicom
 from monai.data import MetaTensor
 
 from bundle.conditions import FACTS, conditions
@@ -275,7 +276,15 @@ class TestInference:
         layer = data["layers"][-1]
         assert (layer["name"], layer["kind"]) == ("Uncertainty", "positive")
         assert "1.645" in layer["about"]
-        assert layer["range"][1] > 0
+        (largest,) = re.findall(r"Uncertainty: 0 to ([0-9.]+)\.</p>", page)
+        assert float(largest) == pytest.approx(data["unit"] * layer["window"][1], rel=0.01)  # in the input's units
+
+    def test_a_dicom_series_gets_its_map_as_nifti(self, infer, tmp_path):
+        out = infer(toy_dicom.series(tmp_path / "scan"), dicom=True)
+        assert (out / "scan_sr_dicom").is_dir()
+        result, deviation = (nib.load(out / f"scan_{kind}.nii.gz") for kind in ("sr", "sd"))
+        assert deviation.shape == result.shape
+        np.testing.assert_array_equal(deviation.affine, result.affine)
 
 
 class TestRefusals:

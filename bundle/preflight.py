@@ -23,7 +23,7 @@ __all__ = ["CheckMemoryd", "available_memory"]
 
 # float32 volumes held at once, measured: on the grid of the input, and on the refined grid
 GIVEN_COPIES, REFINED_COPIES = 4, 4
-UNCERTAINTY_COPIES = 3  # more, on the refined grid
+UNCERTAINTY_COPIES = 4  # more on the refined grid, measured with the page
 PER_PIXEL = 1024  # bytes of feature maps per pixel of a slice
 
 

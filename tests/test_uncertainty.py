@@ -11,14 +11,17 @@ import pytest
 import torch
 import toy
 import toy_dicom
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from bundle.conditions import FACTS, conditions
 from bundle.errors import InputError, reason
 from bundle.files import sha256
+from bundle.grid import InPlaneFactorsd
 from bundle.inferers import ForegroundInferer, OrthogonalSlices
 from bundle.losses import LaplaceLoss
 from bundle.networks import FSRCNN, PixelShuffleResidualNet, WithUncertainty
+from bundle.preflight import CheckMemoryd
 from bundle.uncertainty import Z, attach, calibrated_head, calibration, left_out, measured, quality
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -285,6 +288,23 @@ class TestInference:
         result, deviation = (nib.load(out / f"scan_{kind}.nii.gz") for kind in ("sr", "sd"))
         assert deviation.shape == result.shape
         np.testing.assert_array_equal(deviation.affine, result.affine)
+
+
+    def test_it_counts_in_the_estimate_of_memory(self, tmp_path):
+        scan, factors = str(scan_at(tmp_path / "scan.nii.gz")), InPlaneFactorsd("image", 2)
+        with_map, without = (CheckMemoryd("image", factors, uncertainty=u)._needed(scan)[0] for u in (True, False))
+        assert with_map - without == pytest.approx(4 * 4 * (86 * 82 * 5))
+
+
+@pytest.mark.parametrize("overlays", [(), ("isotropic",)])
+def test_shipped_heads_belong_to_the_shipped_weights(overlays):
+    parser = ConfigParser()
+    parser.read_config([CONFIGS / f"{name}.json" for name in ("inference", *overlays)])
+    path = Path(parser.get_parsed_content("uncertainty_checkpoint"))
+    if not path.exists():
+        pytest.skip(f"{path.relative_to(CONFIGS.parent)} is not shipped")
+    net = parser.get_parsed_content("network_def")
+    assert 0.3 < attach(net, calibrated_head(True, str(path), net), parser.get_parsed_content("checkpoint")).factor < 3
 
 
 class TestRefusals:

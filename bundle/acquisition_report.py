@@ -85,8 +85,8 @@ def measure_acquisitions(
         device: device of the network; ``None`` is the CPU.
         seed: seed of the noise.
         head: the uncertainty head of the network, if it has one.
-        calibrate: whether to write the calibration of the head beside its weights. The tables then leave one person out: the factor of
-            each volume is that of all other persons.
+        calibrate: whether to write the calibration of the head beside its weights. The tables then leave one person out: the calibration
+            of each volume is that of all other persons.
         subject_pattern: finds the person in a path, see :func:`bundle.subjects.split_subjects`.
 
     Raises:
@@ -154,18 +154,20 @@ def measure_acquisitions(
 def _report_uncertainty(
     head: Head, cells: dict[str, dict[str, Cell]], names: list[str], calibrate: bool, subject_pattern: str | None, folder: Path
 ) -> None:
-    factors = dict.fromkeys(names, head.factor)
+    calibrations = dict.fromkeys(names, head.calibration)
     if calibrate:
         persons = by_subject(names, subject_pattern)
-        factors = left_out(cells, {name: person[0] for person in persons for name in person})
-        found = quality(cells, factors)
+        calibrations = left_out(cells, {name: person[0] for person in persons for name in person})
+        found = quality(cells, calibrations)
         head = write_calibration(head, cells, found, len(persons))
-        logger.info("%s: calibrated on %d persons, factor %.3f", head.path, len(persons), head.factor)
-    found = quality(cells, factors)
-    write_json(folder / "uncertainty.json", {"factors": factors, "rows": found})
+        logger.info("%s: calibrated on %d persons, factor %.3f, exponent %.2f", head.path, len(persons), *head.calibration)
+    found = quality(cells, calibrations)
+    write_json(
+        folder / "uncertainty.json", {"calibrations": {name: values._asdict() for name, values in calibrations.items()}, "rows": found}
+    )
     text = markdown_of_uncertainty(found)
     write_atomically(folder / "uncertainty.md", lambda path: path.write_text(text, encoding="utf-8"))
-    logger.info("uncertainty map%s:\n%s", ", each person by the factor of the others" if calibrate else "", text)
+    logger.info("uncertainty map%s:\n%s", ", each person by the calibration of the others" if calibrate else "", text)
 
 
 def _evenly(volume: Tensor, count: int) -> Tensor:

@@ -122,7 +122,7 @@ class VolumeInference(SupervisedEvaluator):
             logger.info("volume %d of %d: %s", self.state.iteration, self.state.epoch_length, volume)
             pred = self.predict(item["image"])
             if isinstance(self.network, WithUncertainty):
-                item = {**item, "sd": pred[1:] * self.network.factor}
+                item = {**item, "sd": self.network.calibration(pred[1:])}
             self.save({**item, "pred": pred[:1]})
         except Exception as e:
             full = full_disk(e)

@@ -90,7 +90,7 @@ class Results:
         # as JSON returns them, to be comparable: it has no tuples, and the command line gives true and false as text
         text = json.dumps({**(settings or {}), "weights": hashed}, default=float)
         self.settings = {k: {"true": True, "false": False}.get(str(v).lower(), v) for k, v in json.loads(text).items()}
-        self.head = None if head is None else {"weights": head.weights, "factor": head.factor}
+        self.head = None if head is None else {"weights": head.weights, **head.calibration._asdict()}
         self.report, self.dicom, self.overwrite = switch("report", report), switch("dicom", dicom), switch("overwrite", overwrite)
         self.bids = switch("bids", bids)
         sources = {bids_root(volume) for volume in volumes} if self.bids else set()

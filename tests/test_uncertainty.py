@@ -22,7 +22,8 @@ from bundle.inferers import ForegroundInferer, OrthogonalSlices
 from bundle.losses import LaplaceLoss
 from bundle.networks import FSRCNN, PixelShuffleResidualNet, WithUncertainty
 from bundle.preflight import CheckMemoryd
-from bundle.uncertainty import Z, attach, calibrated_head, calibration, left_out, measured, quality
+from bundle.networks.uncertainty import LEVEL, Calibration
+from bundle.uncertainty import Z, attach, calibrated_head, calibration, head_of, left_out, measured, quality
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = {"features": 8, "num_blocks": 1}
@@ -45,7 +46,7 @@ def randomise(head, seed=1):
 
 
 def calibrate_at(folder, factor=1.5):
-    content = {"weights": sha256(folder / "uncertainty.pt"), "factor": factor}
+    content = {"weights": sha256(folder / "uncertainty.pt"), "factor": factor, "exponent": 1.0}
     (folder / "uncertainty.json").write_text(json.dumps(content))
 
 
@@ -126,7 +127,7 @@ class TestHead:
         half = {name: value.half() for name, value in network().state_dict().items()}  # as weights are shipped
         torch.save({name: value.float() for name, value in half.items()}, tmp_path / "model.pt")
         head = calibrated_head(True, str(weights / "uncertainty.pt"), network())
-        assert attach(network(), head, str(tmp_path / "model.pt")).factor == 1.5
+        assert attach(network(), head, str(tmp_path / "model.pt")).calibration == Calibration(1.5, 1.0)
         torch.save(network(seed=2).state_dict(), tmp_path / "other.pt")
         with pytest.raises(InputError, match=r"uncertainty\.pt: this uncertainty head was trained for other weights"):
             attach(network(), head, str(tmp_path / "other.pt"))
@@ -140,31 +141,50 @@ class TestCalibration:
         return measured(truth + scale * deviation * torch.as_tensor(random.standard_normal((1, count // 100, 100))), deviation, truth)
 
     def test_the_factor_is_that_of_the_errors_and_every_volume_counts_alike(self):
-        assert calibration([self.cell(2.0)]) == pytest.approx(2.0, rel=0.03)
+        factor, exponent = calibration([self.cell(2.0)])
+        assert exponent == pytest.approx(1, abs=0.11)
+        assert Calibration(factor, exponent)(0.05) == pytest.approx(0.1, rel=0.05)
         large_and_small = [self.cell(1.0, count=200_000), self.cell(3.0, count=20_000)]
-        assert calibration(large_and_small) == pytest.approx(calibration([self.cell(1.0), self.cell(3.0)]), rel=0.03)
+        assert calibration(large_and_small).factor == pytest.approx(calibration([self.cell(1.0), self.cell(3.0)]).factor, rel=0.05)
+
+    def test_differences_that_are_too_large_are_reduced(self):
+        cell = self.cell(1.0)
+        exaggerated = cell._replace(deviations=LEVEL * (cell.deviations / LEVEL) ** 2)
+        factor, exponent = calibration([exaggerated])
+        assert exponent == pytest.approx(0.5, abs=0.06)
+        assert factor == pytest.approx(1.0, rel=0.1)
+        values = Calibration(factor, exponent)
+        for part in (cell.deviations < 0.04, cell.deviations > 0.07):  # also where errors are small, and where they are large
+            assert np.mean(cell.errors[part] <= Z * values(exaggerated.deviations[part])) == pytest.approx(0.9, abs=0.02)
 
     def test_quality_of_a_map_that_knows_the_errors(self):
         rows = {"a": {"v1": self.cell(2.0), "v2": self.cell(2.0, seed=1)}}
-        found = quality(rows, {"v1": 2.0, "v2": 2.0})["a"]
+        found = quality(rows, dict.fromkeys(("v1", "v2"), Calibration(2.0)))["a"]
         assert found["coverage"] == pytest.approx(0.9, abs=0.01)
         assert found["rank"] > 0.4
         assert found["width"] < 0.95 * found["constant"]
-        blind = quality({"a": {"v1": self.cell(2.0, varied=False)}}, {"v1": 2.0})["a"]
+        blind = quality({"a": {"v1": self.cell(2.0, varied=False)}}, {"v1": Calibration(2.0)})["a"]
         assert abs(blind["rank"]) < 0.05
         assert blind["width"] == pytest.approx(blind["constant"], rel=0.02)
-        assert quality(rows, {"v1": 1.0, "v2": 1.0})["all"]["coverage"] == pytest.approx(0.59, abs=0.02)
+        assert quality(rows, dict.fromkeys(("v1", "v2"), Calibration()))["all"]["coverage"] == pytest.approx(0.59, abs=0.02)
 
-    def test_air_does_not_count(self):
-        truth, deviation = torch.zeros(1, 12, 12), torch.full((1, 12, 12), 1e-3)
-        truth[:, :6], deviation[:, :6] = 0.5, 0.1
-        assert measured(truth, deviation, truth).deviation == pytest.approx(0.1)
+    def test_air_does_not_count_but_cavities_do(self):
+        truth = torch.zeros(1, 40, 40)
+        truth[:, 8:32, 8:32] = 0.5
+        truth[:, 16:22, 16:22] = 0  # a cavity
+        truth[:, 2, 2] = 0.4  # noise
+        mask = head_of(truth)[0]
+        assert bool(mask[18, 18])
+        assert not bool(mask[2, 2])
+        deviation = torch.where(mask, 0.1, 1e-3)[None]
+        np.testing.assert_allclose(measured(truth, deviation, truth).deviations, 0.1, rtol=1e-6)
 
     def test_the_factor_of_a_person_comes_from_the_others(self):
         rows = {"a": {"v1": self.cell(1.0), "v2": self.cell(1.0), "v3": self.cell(4.0)}}
         factors = left_out(rows, {"v1": "one", "v2": "one", "v3": "two"})
-        assert factors["v1"] == factors["v2"] == pytest.approx(4.0, rel=0.03)
-        assert factors["v3"] == pytest.approx(1.0, rel=0.03)
+        assert factors["v1"] == factors["v2"]
+        assert factors["v1"](0.05) == pytest.approx(0.2, rel=0.05)
+        assert factors["v3"](0.05) == pytest.approx(0.05, rel=0.05)
         with pytest.raises(InputError, match="at least two persons"):
             left_out(rows, dict.fromkeys(("v1", "v2", "v3"), "one"))
 
@@ -304,7 +324,7 @@ def test_shipped_heads_belong_to_the_shipped_weights(overlays):
     if not path.exists():
         pytest.skip(f"{path.relative_to(CONFIGS.parent)} is not shipped")
     net = parser.get_parsed_content("network_def")
-    assert 0.3 < attach(net, calibrated_head(True, str(path), net), parser.get_parsed_content("checkpoint")).factor < 3
+    assert 0.3 < attach(net, calibrated_head(True, str(path), net), parser.get_parsed_content("checkpoint")).calibration.factor < 3
 
 
 class TestRefusals:
@@ -314,7 +334,7 @@ class TestRefusals:
             (lambda folder: (folder / "uncertainty.pt").unlink(), r"uncertainty\.pt: there is no uncertainty map for these weights"),
             (lambda folder: (folder / "uncertainty.json").unlink(), r"uncertainty\.json: there is no uncertainty map for these weights"),
             (lambda folder: (folder / "uncertainty.json").write_text("{}"), r"uncertainty\.json: not the calibration"),
-            (lambda folder: (folder / "uncertainty.json").write_text('{"weights": "abc", "factor": 1}'), "calibrates another head"),
+            (lambda folder: (folder / "uncertainty.json").write_text('{"weights": "abc", "factor": 1, "exponent": 1}'), "calibrates another head"),
             (lambda folder: torch.save(network(seed=3).state_dict(), folder / "model.pt"), "trained for other weights of the network"),
         ],
     )
@@ -376,7 +396,7 @@ def test_training_calibration_and_inference_as_the_page_says(tmp_path, monkeypat
     assert calibrated["persons"] == 2
     run(*general, "evaluate_acquisitions", output_dir=str(tmp_path / "table"), uncertainty=True, **measure)
     table = json.loads((tmp_path / "table" / "uncertainty.json").read_text())
-    assert set(table["factors"].values()) == {calibrated["factor"]}
+    assert {values["factor"] for values in table["calibrations"].values()} == {calibrated["factor"]}
     # over all acquisitions and volumes together, the factor covers what it was made for
     assert np.mean([row["coverage"] for row in table["rows"].values()]) == pytest.approx(0.9, abs=0.005)
     assert "x2: k-space truncation" in (tmp_path / "table" / "uncertainty.md").read_text()

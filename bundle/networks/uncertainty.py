@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,32 +13,45 @@ from ..errors import InputError
 from .initialization import start_at_zero
 from .pixel_shuffle_residual import PixelShuffleResidualNet
 
-__all__ = ["WithUncertainty", "check_network", "hash_of_weights"]
+__all__ = ["Calibration", "WithUncertainty", "check_network", "hash_of_weights"]
 
 FLOOR = 5e-4  # of the intensity scale: the smallest standard deviation, half a step of the stored values in training
+LEVEL = 0.02  # of the intensity scale: the standard deviation that an exponent does not change
 START = -4.0  # natural logarithm of the first standard deviation
+
+
+class Calibration(NamedTuple):
+    """Calibration of standard deviations: ``factor * LEVEL * (deviation / LEVEL) ** exponent``. An exponent below 1 brings them closer to
+    each other: on persons whom the head does not know it is surer of its differences than it should be."""
+
+    factor: float = 1.0
+    exponent: float = 1.0
+
+    def __call__(self, deviation: Any) -> Any:
+        """Tensors or arrays to the same shape; 0 stays 0."""
+        return self.factor * LEVEL * (deviation / LEVEL) ** self.exponent
 
 
 class WithUncertainty(nn.Module):
     """A network and a small head that says how large the error of its result is at each pixel.
 
-    The head looks at the network's last features, on the coarse grid: two convolutions, of which the first is scaled and shifted by
-    positions and facts as those of the network are. It takes about a twentieth of the network's arithmetic. The network is frozen, and its
+    The head looks at the network's last features, on the coarse grid: three convolutions, of which the first is scaled and shifted by
+    positions and facts as those of the network are. It takes about a twelfth of the network's arithmetic. The network is frozen, and its
     result does not change. The state dictionary holds the head alone, with a hash of the weights that it was trained for.
 
     Args:
         network: the network; positions and facts as it wants them.
         weights: file of the network's weights; ``None`` keeps those that it has.
-        factor: calibrates the standard deviations (:mod:`bundle.uncertainty`). It applies to the finished map, which may combine several
+        calibration: of the standard deviations (:mod:`bundle.uncertainty`). It applies to the finished map, which may combine several
             results of the network, so it is kept here for those who make the map.
 
     Raises:
         InputError: if the network is of another kind, or its weights cannot be loaded.
     """
 
-    def __init__(self, network: nn.Module, weights: str | None = None, factor: float = 1.0) -> None:
+    def __init__(self, network: nn.Module, weights: str | None = None, calibration: Calibration | None = None) -> None:
         super().__init__()
-        self.factor = factor
+        self.calibration = calibration or Calibration()
         network = check_network(network)
         if weights is not None:
             load_weights(network, weights)
@@ -47,7 +60,8 @@ class WithUncertainty(nn.Module):
         self.hidden = nn.Conv2d(features, features, 3, padding=1)
         self.modulation = start_at_zero(nn.Conv2d(6 * pixels, 2 * features, 1))
         self.adaptation = start_at_zero(nn.Linear(32, 2 * features))
-        self.logarithm = start_at_zero(nn.Conv2d(features, pixels, 3, padding=1))
+        self.second = nn.Conv2d(features, features // 2, 3, padding=1)
+        self.logarithm = start_at_zero(nn.Conv2d(features // 2, pixels, 3, padding=1))
         self.register_buffer("trained_for", hash_of_weights(network.state_dict()))
         self.register_state_dict_post_hook(_leave_network_out)
         self.register_load_state_dict_pre_hook(_keep_network)
@@ -61,6 +75,7 @@ class WithUncertainty(nn.Module):
         scale, shift = modulation.chunk(2, 1)
         hidden = self.hidden(features)
         hidden = F.relu(torch.addcmul(hidden + shift, hidden, scale))
+        hidden = F.relu(self.second(hidden))
         logarithm = F.pixel_shuffle(self.logarithm(hidden), self.network.stride)[..., : x.shape[2], : x.shape[3]]
         deviation = FLOOR + (logarithm.float() + START).clamp(max=0).exp()
         return torch.cat([result.float(), deviation], 1)

@@ -231,7 +231,7 @@ def write_calibration(head: Head, rows: Mapping[str, Mapping[str, Cell]], table:
         "interval": INTERVAL,
         "deviations": Z,
         "persons": persons,
-        "left_one_person_out": {row: {key: float(f"{value:.4g}") for key, value in values.items()} for row, values in table.items()},
+        "left_one_person_out": {row: {key: round(value, 4) for key, value in q.items()} for row, q in table.items()},
     }
     write_json(Path(head.path).with_suffix(".json"), content)
     return head._replace(calibration=values)

@@ -21,8 +21,8 @@ from bundle.grid import InPlaneFactorsd
 from bundle.inferers import ForegroundInferer, OrthogonalSlices
 from bundle.losses import LaplaceLoss
 from bundle.networks import FSRCNN, PixelShuffleResidualNet, WithUncertainty
-from bundle.preflight import CheckMemoryd
 from bundle.networks.uncertainty import LEVEL, Calibration
+from bundle.preflight import CheckMemoryd
 from bundle.uncertainty import Z, attach, calibrated_head, calibration, head_of, left_out, measured, quality
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -309,7 +309,6 @@ class TestInference:
         assert deviation.shape == result.shape
         np.testing.assert_array_equal(deviation.affine, result.affine)
 
-
     def test_it_counts_in_the_estimate_of_memory(self, tmp_path):
         scan, factors = str(scan_at(tmp_path / "scan.nii.gz")), InPlaneFactorsd("image", 2)
         with_map, without = (CheckMemoryd("image", factors, uncertainty=u)._needed(scan)[0] for u in (True, False))
@@ -334,7 +333,10 @@ class TestRefusals:
             (lambda folder: (folder / "uncertainty.pt").unlink(), r"uncertainty\.pt: there is no uncertainty map for these weights"),
             (lambda folder: (folder / "uncertainty.json").unlink(), r"uncertainty\.json: there is no uncertainty map for these weights"),
             (lambda folder: (folder / "uncertainty.json").write_text("{}"), r"uncertainty\.json: not the calibration"),
-            (lambda folder: (folder / "uncertainty.json").write_text('{"weights": "abc", "factor": 1, "exponent": 1}'), "calibrates another head"),
+            (
+                lambda folder: (folder / "uncertainty.json").write_text('{"weights": "abc", "factor": 1, "exponent": 1}'),
+                "calibrates another head",
+            ),
             (lambda folder: torch.save(network(seed=3).state_dict(), folder / "model.pt"), "trained for other weights of the network"),
         ],
     )

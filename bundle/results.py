@@ -427,10 +427,12 @@ class SaveHtmlReportd(MapTransform):
             Layer("Residual", "Result minus input: what the network added. It is likely, not measured.", after - before, "signed"),
         ]
         if "sd" in data:
-            about = f"Standard deviation of the error. {INTERVAL:.0%} of the voxels of the head should lie within {Z} of it on each side."
+            about = (
+                f"Standard deviation of the error. {100 * INTERVAL:g} % of the voxels of the head should lie within {Z} of it on each side."
+            )
             layers.append(Layer("Uncertainty", about, oriented(data["sd"], "RAS"), "positive"))
-            interval = f"result ± {Z} times the map: should hold {INTERVAL:.0%} of the head's voxels, in scans like the training data"
-            rows.insert(3, Row(f"Uncertainty, {INTERVAL:.0%} interval", interval))
+            interval = f"result ± {Z} times the map: should hold {100 * INTERVAL:g} % of the head's voxels, in scans like the training data"
+            rows.insert(3, Row(f"Uncertainty, {100 * INTERVAL:g} % interval", interval))
         title, unit = self.results.name(volume), float(before.meta["unit_intensity"])
         page = html_report(title, layers, unit, rows, [*report["warnings"], *not_compared])
         self.results.write(volume, "_sr.html", lambda part: part.write_text(page, encoding="utf-8"))

@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .acquisition import Acquisition, Sampling, cut_to_acquired
+from .errors import switch
 from .files import write_atomically, write_json
 from .inferers import ForegroundInferer, OrthogonalSlices
 from .metrics import FOREGROUND, psnr
 from .resampling import enlarge, interpolate_slices
+from .subjects import by_subject
 from .transforms import name_of
+from .uncertainty import Cell, Head, left_out, measured, quality, write_calibration
+from .uncertainty import markdown as markdown_of_uncertainty
 
 __all__ = ["measure_acquisitions"]
 
@@ -58,10 +62,14 @@ def measure_acquisitions(
     tell_noise: bool = False,
     device: torch.device | None = None,
     seed: int = 0,
+    head: Head | None = None,
+    calibrate: bool | str = False,
+    subject_pattern: str | None = None,
 ) -> dict:
     """Simulate low-resolution scans of volumes, restore them, and compare the network with cubic B-splines and zero-filling.
 
-    Writes ``acquisitions.json`` and ``acquisitions.md`` into ``output_dir``, after each volume.
+    Writes ``acquisitions.json`` and ``acquisitions.md`` into ``output_dir``, after each volume, and for a network with an uncertainty head
+    ``uncertainty.json`` and ``uncertainty.md`` at the end.
 
     Args:
         volumes: items with ``"image"``, (1, X, Y, Z) in RAS, intensities scaled to 1. In-plane axes that a scanner zero-filled are cut back
@@ -76,11 +84,19 @@ def measure_acquisitions(
         tell_noise: whether the network receives the true noise instead of the measured one.
         device: device of the network; ``None`` is the CPU.
         seed: seed of the noise.
+        head: the uncertainty head of the network, if it has one.
+        calibrate: whether to write the calibration of the head beside its weights. The tables then leave one person out: the calibration
+            of each volume is that of all other persons.
+        subject_pattern: finds the person in a path, see :func:`bundle.subjects.split_subjects`.
+
+    Raises:
+        InputError: if a calibration has volumes of one person only.
 
     Returns:
         row to ``{volume: {"psnr": ..., "spline": ..., "zero-filled": ..., "gain": ...}}``, in dB over the pixels of the truth above 0.05.
     """
     network.eval()
+    calibrate = switch("calibrate", calibrate)
     options: dict[str, Any] = {"positions": positions, "facts": facts, "sw_batch_size": 4}
 
     def apply(volume: Tensor, meta: dict, noise: float, orthogonal: bool = False) -> Tensor:
@@ -92,11 +108,19 @@ def measure_acquisitions(
         )
         with torch.no_grad():
             result = inferer(MetaTensor(volume[None, None], meta=meta).to(device), network)
-        return torch.as_tensor(result).as_subclass(Tensor)[0, 0].cpu()
+        return torch.as_tensor(result).as_subclass(Tensor)[0].cpu()
+
+    def note(row: str, volume: str, truth: Tensor, result: Tensor, interpolations: Mapping[str, Tensor]) -> None:
+        _note(table, row, volume, truth, result[0], interpolations)
+        if head is not None:
+            cells.setdefault(row, {})[volume] = measured(result[0], result[1], truth)
 
     table: dict[str, dict[str, dict[str, float]]] = {}
+    cells: dict[str, dict[str, Cell]] = {}
+    names = []
     for item in tqdm(volumes, unit="volume"):
         image = item["image"]
+        names.append(name_of(image))
         truth = cut_to_acquired(image.as_tensor()[0], (0, 1))
         chosen = _evenly(truth, slices)
         for factor in factors:
@@ -106,8 +130,8 @@ def measure_acquisitions(
                 size = chosen.shape[1:]
                 spline, filled = (enlarge(scan, (factor, factor), size, mode) for mode in ("spline", "kspace"))
                 given = spline if interpolation == "spline" else enlarge(scan, (factor, factor), size, interpolation)
-                result = apply(given.movedim(0, -1), {"factor": [factor, factor]}, noise).movedim(-1, 0)
-                _note(table, f"x{factor:g}: {title}", name_of(image), chosen, result, {"spline": spline, "zero-filled": filled})
+                result = apply(given.movedim(0, -1), {"factor": [factor, factor]}, noise).movedim(-1, 1)
+                note(f"x{factor:g}: {title}", name_of(image), chosen, result, {"spline": spline, "zero-filled": filled})
         for thickness in thicknesses:
             factor = round(thickness / float(image.pixdim[2]), 4)
             if factor < 3:
@@ -118,11 +142,32 @@ def measure_acquisitions(
                 scan = Acquisition(axes, noise, step=STEP)(body, np.random.default_rng(seed))
                 spline = interpolate_slices(scan, factor, body.shape[2])
                 result = apply(spline, {"factor": [1.0, 1.0, factor], "slice_width": width}, noise, orthogonal=True)
-                _note(table, f"{thickness:g} mm: {title}", name_of(image), body, result, {"spline": spline})
+                note(f"{thickness:g} mm: {title}", name_of(image), body, result, {"spline": spline})
         write_json(Path(output_dir) / "acquisitions.json", {"rows": table})
         write_atomically(Path(output_dir) / "acquisitions.md", lambda path: path.write_text(_markdown(table), encoding="utf-8"))
+    if head is not None:
+        _report_uncertainty(head, cells, names, calibrate, subject_pattern, Path(output_dir))
     logger.info("gain over the better interpolation, mean and worst volume:\n%s", _markdown(table))
     return table
+
+
+def _report_uncertainty(
+    head: Head, cells: dict[str, dict[str, Cell]], names: list[str], calibrate: bool, subject_pattern: str | None, folder: Path
+) -> None:
+    calibrations = dict.fromkeys(names, head.calibration)
+    if calibrate:
+        persons = by_subject(names, subject_pattern)
+        calibrations = left_out(cells, {name: person[0] for person in persons for name in person})
+        found = quality(cells, calibrations)
+        head = write_calibration(head, cells, found, len(persons))
+        logger.info("%s: calibrated on %d persons, factor %.3f, exponent %.2f", head.path, len(persons), *head.calibration)
+    found = quality(cells, calibrations)
+    write_json(
+        folder / "uncertainty.json", {"calibrations": {name: values._asdict() for name, values in calibrations.items()}, "rows": found}
+    )
+    text = markdown_of_uncertainty(found)
+    write_atomically(folder / "uncertainty.md", lambda path: path.write_text(text, encoding="utf-8"))
+    logger.info("uncertainty map%s:\n%s", ", each person by the calibration of the others" if calibrate else "", text)
 
 
 def _evenly(volume: Tensor, count: int) -> Tensor:

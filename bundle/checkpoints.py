@@ -176,6 +176,8 @@ class Checkpoints:
 
 
 def _why_not_loaded(error: Exception) -> str:
+    if isinstance(error, InputError):
+        return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -16,6 +16,7 @@ from monai.transforms import Compose
 from .checkpoints import CheckpointLoader
 from .errors import InputError, full_disk, reason
 from .files import write_atomically
+from .networks import WithUncertainty
 from .results import Results
 from .transforms import name_of
 
@@ -119,7 +120,10 @@ class VolumeInference(SupervisedEvaluator):
             if "error" in item:
                 raise InputError(item["error"])
             logger.info("volume %d of %d: %s", self.state.iteration, self.state.epoch_length, volume)
-            self.save({**item, "pred": self.predict(item["image"])})
+            pred = self.predict(item["image"])
+            if isinstance(self.network, WithUncertainty):
+                item = {**item, "sd": self.network.calibration(pred[1:])}
+            self.save({**item, "pred": pred[:1]})
         except Exception as e:
             full = full_disk(e)
             if full is not None:  # all other volumes would fail too
@@ -130,7 +134,7 @@ class VolumeInference(SupervisedEvaluator):
         return {}
 
     def predict(self, image: MetaTensor) -> MetaTensor:
-        """The network's result for a volume (1, X, Y, Z), on the same grid."""
+        """The network's result for a volume (1, X, Y, Z), on the same grid; an uncertainty head adds a channel, not calibrated."""
         device = torch.device(self.state.device)  # type: ignore[attr-defined]
         with torch.no_grad():
             return self.inferer(image[None].to(device), self.network)[0]

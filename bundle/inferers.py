@@ -17,6 +17,7 @@ from .conditions import conditions, measured_samples, spectral_facts, with_measu
 from .conditions import positions as subpixel_positions
 from .errors import InputError, switch
 from .memory import release_freed_memory
+from .networks.uncertainty import WithUncertainty
 from .precision import in_precision
 
 __all__ = ["AutocastInferer", "ForegroundInferer", "OrthogonalSlices", "foreground_box"]
@@ -101,20 +102,26 @@ class ForegroundInferer(SliceInferer):
         super().__init__(progress=progress and not self.skip_background, **kwargs)
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """(N, 1, three spatial axes) -> the same shape."""
+        """(N, 1, three spatial axes) -> the same shape.
+
+        A network with an uncertainty head (:class:`bundle.networks.WithUncertainty`) adds a second channel, the standard deviation before
+        calibration. Outside the boxes it is 0; with ``denoise`` below 1 it includes the noise that is put back.
+        """
+        uncertain = isinstance(network, WithUncertainty)
         network = in_precision(network, self.precision)
         if not (self.skip_background or self.positions):
             every_pixel = super().__call__(inputs, network, *args, **kwargs)
             release_freed_memory()
             return every_pixel
-        add_conditions = self._with_conditions(inputs) if self.positions else lambda part, rows, columns: part
+        facts = self._facts(inputs) if self.facts else None
+        add_conditions = self._with_conditions(inputs, facts) if self.positions else lambda part, rows, columns: part
         add_excess = self._with_excess(inputs) if self.facts else lambda part: part
         axis = self.spatial_dim + 2
         row_axis = 3 if axis == 2 else 2
         sides = [side for n, side in enumerate(inputs.shape[2:]) if n != self.spatial_dim]
         every = slice(0, sides[0]), slice(0, sides[1])
         factors = self._factors(inputs)[0] if self.denoise < 1 else ()
-        outputs = inputs.clone()
+        outputs = torch.cat([inputs, torch.zeros_like(inputs)], 1) if uncertain else inputs.clone()
         # plain tensors: metadata would be copied with every part
         inputs, target = torch.as_tensor(inputs).as_subclass(Tensor), torch.as_tensor(outputs).as_subclass(Tensor)
 
@@ -132,26 +139,30 @@ class ForegroundInferer(SliceInferer):
                 result: Any = super().__call__(part, network, *args, **kwargs)
                 target[*window(n, kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
             if self.denoise < 1:
-                before, after = (v.narrow(axis, n, 1).movedim(axis, 0) for v in (inputs, target))
+                before, after = (v[:, :1].narrow(axis, n, 1).movedim(axis, 0) for v in (inputs, target))
                 mixed = with_measured_kspace(after, before, factors, 1 - self.denoise, self.interpolation)
-                target[*window(n, *every)] = mixed.movedim(0, axis)
+                target[:, :1][*window(n, *every)] = mixed.movedim(0, axis)
+        if uncertain and facts and self.denoise < 1:
+            target[:, 1:] = target[:, 1:].square().add_(((1 - self.denoise) * facts[1]) ** 2).sqrt_()
         release_freed_memory()
         return outputs
 
-    def _with_conditions(self, inputs: Tensor) -> Callable[[Tensor, slice, slice], Tensor]:
-        """A function that adds the condition maps, as channels, to a part of a slice."""
+    def _facts(self, inputs: Tensor) -> tuple[list[float], float, Tensor]:
+        """Widths of the slice profile, noise and spectrum, those of the first volume: see :func:`bundle.conditions.conditions`."""
         factors, across = self._factors(inputs)
+        width = float(inputs.meta.get("slice_width", 0))  # type: ignore[attr-defined]
+        width = width if WIDTHS[0] <= width <= WIDTHS[1] else 0.0
+        planes = inputs.as_subclass(Tensor).movedim(self.spatial_dim + 2, 0)[:, 0, 0]
+        noise, spectrum = spectral_facts(measured_samples(planes, factors, self.interpolation))
+        return [width if thick else 0.0 for thick in across], noise if self.noise is None else self.noise, spectrum
+
+    def _with_conditions(self, inputs: Tensor, facts: tuple[list[float], float, Tensor] | None) -> Callable[[Tensor, slice, slice], Tensor]:
+        """A function that adds the condition maps, as channels, to a part of a slice."""
+        factors = self._factors(inputs)[0]
         axis = self.spatial_dim + 2
-        if self.facts:
-            width = float(inputs.meta.get("slice_width", 0))  # type: ignore[attr-defined]
-            width = width if WIDTHS[0] <= width <= WIDTHS[1] else 0.0
-            widths = [width if thick else 0.0 for thick in across]
-            planes = inputs.as_subclass(Tensor).movedim(axis, 0)[:, 0, 0]  # the facts are those of the first volume
-            noise, spectrum = spectral_facts(measured_samples(planes, factors, self.interpolation))
-            noise = noise if self.noise is None else self.noise
 
         def conditioned(part: Tensor, rows: slice, columns: slice) -> Tensor:
-            maps = conditions(factors, rows, columns, widths, noise, spectrum) if self.facts else subpixel_positions(factors, rows, columns)
+            maps = conditions(factors, rows, columns, *facts) if facts else subpixel_positions(factors, rows, columns)
             maps = maps.to(inputs.device, inputs.dtype).unsqueeze(axis - 1)
             return torch.cat([part, maps.expand(len(part), *maps.shape)], 1)
 
@@ -197,14 +208,19 @@ class OrthogonalSlices(Inferer):
         self.inferers = [ForegroundInferer(roi_size=(-1, -1), spatial_dim=axis, thick_axis=0, **kwargs) for axis in (1, 2)]
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Volumes (N, 1, X, Y, Z) to the same shape."""
+        """Volumes (N, 1, X, Y, Z) to the same shape. A second channel, the standard deviation, is that of an equal mixture of both results:
+        it also grows where they differ."""
         meta = dict(getattr(inputs, "meta", {}))
         turned = MetaTensor(torch.as_tensor(inputs).as_subclass(Tensor).movedim(-1, 2), meta=meta)
         if "factor" in meta:
             along_x, along_y, across = [*turned.meta.pop("acquired_factor", meta["factor"]), 1.0][:3]
             turned.meta["factor"] = [across, along_x, along_y]
         first, second = (torch.as_tensor(inferer(turned, network, *args, **kwargs)).as_subclass(Tensor) for inferer in self.inferers)
-        result = ((first + second) / 2).movedim(2, -1)
+        result = (first + second) / 2
+        if result.shape[1] > 1:
+            differences = (first[:, :1] - second[:, :1]) / 2
+            result[:, 1:] = ((first[:, 1:].square() + second[:, 1:].square()) / 2 + differences.square()).sqrt()
+        result = result.movedim(2, -1)
         return MetaTensor(result, meta=meta) if isinstance(inputs, MetaTensor) else result
 
 

@@ -23,6 +23,7 @@ __all__ = ["CheckMemoryd", "available_memory"]
 
 # float32 volumes held at once, measured: on the grid of the input, and on the refined grid
 GIVEN_COPIES, REFINED_COPIES = 4, 4
+UNCERTAINTY_COPIES = 4  # more on the refined grid, measured with the page
 PER_PIXEL = 1024  # bytes of feature maps per pixel of a slice
 
 
@@ -34,14 +35,18 @@ class CheckMemoryd(MapTransform):
         factors: the transform that sets the factors of the finer grid: :class:`bundle.grid.InPlaneFactorsd` or
             :class:`bundle.grid.IsotropicFactorsd`.
         axial_slices: see :class:`bundle.transforms.AxialSlicesd`.
+        uncertainty: whether there will be an uncertainty map.
 
     Raises:
         InputError: with the volume, the memory that it needs and the memory that is free.
     """
 
-    def __init__(self, keys: KeysCollection, factors: MapTransform, axial_slices: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, keys: KeysCollection, factors: MapTransform, axial_slices: Sequence[int] | None = None, uncertainty: bool = False
+    ) -> None:
         super().__init__(keys)
         self.factors, self.axial_slices = factors, axial_slices
+        self.refined_copies = REFINED_COPIES + UNCERTAINTY_COPIES * uncertainty
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping:
         for key in self.keys:
@@ -73,7 +78,7 @@ class CheckMemoryd(MapTransform):
             shape = (*shape[:2], min(shape[2], self.axial_slices[1] - self.axial_slices[0] + 1))
         refined = [float(n * f) for n, f in zip(shape, factors)]
         pixels = math.prod(sorted(refined)[-2:])
-        needed = 4 * (GIVEN_COPIES * given + REFINED_COPIES * math.prod(refined)) + PER_PIXEL * pixels
+        needed = 4 * (GIVEN_COPIES * given + self.refined_copies * math.prod(refined)) + PER_PIXEL * pixels
         return needed, " x ".join(str(int(n)) for n in refined) + " voxels"
 
 

@@ -136,6 +136,9 @@ def html_report(title: str, layers: Sequence[Layer], unit: float, rows: Iterable
             data=json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"),
             note=note,
             largest=_number(largest * unit),
+            positive="".join(
+                f" {layer.name}: 0 to {_number(windows['positive'][1] * unit)}." for layer in layers if layer.kind == "positive"
+            ),
             window=f"{_number(windows['grey'][0] * unit)} to {_number(windows['grey'][1] * unit)}",
             tilt=f" The planes are those of the voxel grid, tilted by {tilt:.0f}° against the patient's axes." if tilt >= 1 else "",
             rows="".join(f"\n<tr><th scope=row>{escape(row.name)}</th>{_cells(row)}</tr>" for row in rows),

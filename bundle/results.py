@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
@@ -33,6 +34,7 @@ from .headers import RESULT_MARK, bids_root, file_format, sidecar, strip_extensi
 from .ranges import compare, describe, read_ranges
 from .report import INDEX_MARK, Entry, Layer, Row, html_index, html_report
 from .transforms import name_of
+from .uncertainty import INTERVAL, NOT_COMPARED, TOO_FAR, Head, Z
 
 __all__ = ["CompareWithTrainingd", "Consistencyd", "Results", "SaveComparisond", "SaveHtmlReportd", "SaveReportd", "SaveVolumed"]
 
@@ -52,6 +54,8 @@ BIDS_README = """# Super-resolved MRI
 source, the settings and the warnings. The detail that the network adds is an estimate, not a measurement. Not for diagnosis.
 """
 DICOM_ENDING = "_sr_dicom"  # of the folder of a series
+MAP_ENDING = "_sd.nii.gz"  # of an uncertainty map
+DESCRIPTION = "standard deviation of the error of a super-resolved volume"
 HOT = 6.0  # magnitude in the intensity scale that no ordinary voxel has
 FILLED = 0.8  # fraction of k-space below which a grid is worth a remark
 THICK = (2.5, 2.0)  # slices count as thick from so many mm, and so many times the smallest side
@@ -68,6 +72,7 @@ class Results:
         volumes: what it found.
         settings: everything else that affects a result; a result with other settings is computed again.
         weights: file that the network is loaded from, in any format; ``None`` for a network without weights.
+        head: uncertainty head, by which each result gets a map; ``None`` for none.
         report: whether to write an HTML report for each result.
         dicom: whether to write a DICOM series for each volume that came as DICOM.
         overwrite: whether to compute up-to-date results again.
@@ -85,6 +90,7 @@ class Results:
         volumes: Sequence[str],
         settings: Mapping[str, Any] | None = None,
         weights: str | Path | None = None,
+        head: Head | None = None,
         report: bool | str = False,
         dicom: bool | str = False,
         overwrite: bool | str = False,
@@ -96,6 +102,7 @@ class Results:
         # as JSON returns them, to be comparable: it has no tuples, and the command line gives true and false as text
         text = json.dumps({**(settings or {}), "weights": hashed}, default=float)
         self.settings = {k: {"true": True, "false": False}.get(str(v).lower(), v) for k, v in json.loads(text).items()}
+        self.head = None if head is None else {"weights": head.weights, **head.calibration._asdict()}
         self.report, self.dicom, self.overwrite = switch("report", report), switch("dicom", dicom), switch("overwrite", overwrite)
         self.bids = switch("bids", bids)
         sources = {bids_root(volume) for volume in volumes} if self.bids else set()
@@ -116,6 +123,8 @@ class Results:
         """
         path = Path(os.path.abspath(volume))
         derivative = _bids_name(path) if self.bids else None
+        if derivative is not None and ending == MAP_ENDING:
+            return self.output_dir / derivative.with_name(re.sub(r"sr(_[^_]+)$", r"sd\1.nii.gz", derivative.name))
         if derivative is not None:
             return self.output_dir / derivative.with_name(derivative.name + ending.removeprefix("_sr"))
         name = path.name
@@ -194,11 +203,14 @@ class Results:
     def is_done(self, volume: str) -> bool:
         """Whether the result of a volume is up to date: complete, and from the same input with the same settings."""
         endings = ["_sr.json", "_sr.nii.gz"] + ["_sr.html"] * self.report
+        endings += [MAP_ENDING] * (self.head is not None)
         endings += [DICOM_ENDING] * (self.dicom and is_dicom_volume(volume))
         if self.overwrite or not all(self.path(volume, ending).exists() for ending in endings):
             return False
         try:
             done = json.loads(self.path(volume, "_sr.json").read_text(encoding="utf-8"))  # written last
+            if self.head is not None and done["uncertainty"] != self.head:
+                return False
             return done["settings"] == self.settings and done["input"] == fingerprint(volume)
         except (OSError, ValueError, KeyError, TypeError):  # not a report of this bundle
             return False
@@ -240,16 +252,19 @@ class CompareWithTrainingd(MapTransform):
     Args:
         keys: the volume (1, X, Y, Z) with scaled intensities, before it is refined; ``meta["factor"]`` holds the factors.
         ranges: JSON file of :func:`bundle.ranges.measure`; if it is missing, nothing is compared.
+        uncertainty: whether there will be an uncertainty map, which is not calibrated far from the training data.
     """
 
-    def __init__(self, keys: KeysCollection, ranges: str | None = None) -> None:
+    def __init__(self, keys: KeysCollection, ranges: str | None = None, uncertainty: bool = False) -> None:
         super().__init__(keys)
-        self.ranges = read_ranges(ranges)
+        self.ranges, self.uncertainty = read_ranges(ranges), uncertainty
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         image = data[self.keys[0]]
         statistics = describe(image, image.meta["factor"])
         far = compare(statistics, self.ranges, image.meta.get("modality", ""))
+        if self.uncertainty and (far or not self.ranges):
+            far.append(TOO_FAR if far else NOT_COMPARED)
         advice = _thick_slices(image) if len(image.meta["factor"]) == 2 else []
         fractions = [acquired_fraction(image.as_tensor()[0], axis) if thin else 1.0 for axis, thin in enumerate(_thin(image))]
         advice += _zero_filled(image, fractions)
@@ -313,10 +328,13 @@ class Consistencyd(MapTransform):
 class SaveVolumed(MapTransform):
     """Write a volume as ``<name>_sr.nii.gz``: float32, with its voxels and affine unchanged.
 
-    Both sform and qform hold the affine, with the codes of the input. If they differ in the input, each is refined separately.
+    Both sform and qform hold the affine, with the codes of the input. If they differ in the input, each is refined separately. The
+    standard deviation ``"sd"`` of a sample becomes ``<name>_sd.nii.gz``, on the same grid and in the same units; without it, the map of an
+    earlier result is removed.
 
     Args:
-        keys: volumes (1, X, Y, Z), named after the files that they were loaded from.
+        keys: the result (1, X, Y, Z), named after the file that it was loaded from, in its units. ``"sd"`` has the intensity scale and the
+            orientation in which the network computes.
         results: of the run.
     """
 
@@ -327,21 +345,35 @@ class SaveVolumed(MapTransform):
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> Mapping:
         for key in self.keys:
             image = data[key]
-            volume = nib.Nifti1Image(image.as_tensor()[0].float().cpu().numpy(), image.affine.cpu().numpy())
-            sform_code, qform_code = (int(n) for n in image.meta.get("codes", (1, 1)))
-            qform = volume.affine
-            if "qform" in image.meta:
-                to_index = np.linalg.inv(np.asarray(image.meta["sform"], dtype=np.float64))
-                qform = np.asarray(image.meta["qform"], dtype=np.float64) @ to_index @ volume.affine
-            volume.set_sform(volume.affine, code=sform_code)
-            volume.set_qform(qform, code=qform_code)
-            if not np.allclose(volume.get_qform(), qform, atol=1e-4):  # a qform cannot hold a shear
-                volume.set_qform(None, code="unknown")
-            unit = image.meta.get("unit", "mm")
-            volume.header.set_xyzt_units("mm" if unit == "unknown" else unit)
-            volume.header["descrip"] = RESULT_MARK
-            self.results.write(name_of(image), "_sr.nii.gz", partial(save_nifti, volume))
+            volume = name_of(image)
+            if "sd" in data:
+                deviation = oriented(data["sd"], "".join(nib.aff2axcodes(image.affine.cpu().numpy())))
+                in_units = deviation.as_tensor() * float(deviation.meta["unit_intensity"])
+                self._save(MetaTensor(in_units, meta=image.meta), volume, MAP_ENDING)
+                facts = self.results.bids_facts(volume)
+                if facts:  # a BIDS derivative needs a sidecar
+                    path = self.results.path(volume, MAP_ENDING)
+                    write_json(path.with_name(path.name.replace(".nii.gz", ".json")), {**facts, "Description": DESCRIPTION})
+            else:
+                self.results.path(volume, MAP_ENDING).unlink(missing_ok=True)
+            self._save(image, volume, "_sr.nii.gz")
         return data
+
+    def _save(self, image: MetaTensor, name: str, ending: str) -> None:
+        volume = nib.Nifti1Image(image.as_tensor()[0].float().cpu().numpy(), image.affine.cpu().numpy())
+        sform_code, qform_code = (int(n) for n in image.meta.get("codes", (1, 1)))
+        qform = volume.affine
+        if "qform" in image.meta:
+            to_index = np.linalg.inv(np.asarray(image.meta["sform"], dtype=np.float64))
+            qform = np.asarray(image.meta["qform"], dtype=np.float64) @ to_index @ volume.affine
+        volume.set_sform(volume.affine, code=sform_code)
+        volume.set_qform(qform, code=qform_code)
+        if not np.allclose(volume.get_qform(), qform, atol=1e-4):  # a qform cannot hold a shear
+            volume.set_qform(None, code="unknown")
+        unit = image.meta.get("unit", "mm")
+        volume.header.set_xyzt_units("mm" if unit == "unknown" else unit)
+        volume.header["descrip"] = RESULT_MARK
+        self.results.write(name, ending, partial(save_nifti, volume))
 
 
 class SaveComparisond(MapTransform):
@@ -411,6 +443,13 @@ class SaveHtmlReportd(MapTransform):
             Layer("Result", "The network's result for the input.", after),
             Layer("Residual", "Result minus input: what the network added, an estimate and not a measurement.", after - before, "signed"),
         ]
+        if "sd" in data:
+            about = (
+                f"Standard deviation of the error. {100 * INTERVAL:g} % of the voxels of the head should lie within {Z} of it on each side."
+            )
+            layers.append(Layer("Uncertainty", about, oriented(data["sd"], "RAS"), "positive"))
+            interval = f"result ± {Z} times the map: should hold {100 * INTERVAL:g} % of the head's voxels, in scans like the training data"
+            rows.insert(3, Row(f"Uncertainty, {100 * INTERVAL:g} % interval", interval))
         title, unit = self.results.name(volume), float(before.meta["unit_intensity"])
         page = html_report(title, layers, unit, rows, [*report["warnings"], *not_compared])
         self.results.write(volume, "_sr.html", lambda part: part.write_text(page, encoding="utf-8"))
@@ -444,6 +483,7 @@ class SaveReportd(MapTransform):
             **{key: value for key, value in data["report"].items() if key != "warnings"},
             **self.results.bids_facts(volume),
             "settings": self.results.settings,
+            **({} if self.results.head is None else {"uncertainty": self.results.head}),
             "computed_in": self.computed_in,
             "input": fingerprint(volume),
         }

@@ -21,7 +21,7 @@ from .errors import InputError
 from .headers import RESULT_MARK, companions, file_format
 from .recognition import looks_like
 
-__all__ = ["find_volumes", "split_subjects"]
+__all__ = ["by_subject", "find_volumes", "split_subjects"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ OTHER_IMAGES = (
 
 
 DICOM = (".dcm", ".dicom", ".ima")
-OURS = "(_sr|_desc-[0-9A-Za-z]*sr_[0-9A-Za-z]+)"  # how names of results end
+OURS = "(_s[rd]|_desc-[0-9A-Za-z]*s[rd]_[0-9A-Za-z]+)"  # how names of results end
 NOT_RAW = ("derivatives", "sourcedata")  # of a BIDS data set
 
 
@@ -280,7 +280,7 @@ def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str, su
     parts = ("train", "validation", "test")
     if part not in parts or len(split) != 3 or min(split) < 0:
         raise ValueError(f"one of {parts} and three numbers expected, got {part!r} and {split}")
-    subjects = _by_subject(volumes, subject_pattern or SUBJECT)
+    subjects = by_subject(volumes, subject_pattern)
     if all(float(n).is_integer() for n in split):
         counts = [int(n) for n in split]
     elif not math.isclose(sum(split), 1):
@@ -296,8 +296,9 @@ def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str, su
     return [{"image": volume} for subject in chosen for volume in subject]
 
 
-def _by_subject(volumes: Sequence[str], pattern: str) -> list[list[str]]:
-    """Volumes of each subject, in the order of their first ones. The common start of all paths is ignored."""
+def by_subject(volumes: Sequence[str], pattern: str | None = None) -> list[list[str]]:
+    """Volumes of each subject, in the order of their first ones, see :func:`split_subjects`. The common start of all paths is ignored."""
+    pattern = pattern or SUBJECT
     try:
         expression = re.compile(pattern)
     except re.error as e:

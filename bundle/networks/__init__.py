@@ -20,6 +20,7 @@ from .rdn import RDN
 from .srcnn import SRCNN
 from .srdensenet import SRDenseNet
 from .srresnet import SRResNet
+from .uncertainty import WithUncertainty
 from .vdsr import VDSR
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "PixelShuffleResidualNet",
     "SRDenseNet",
     "SRResNet",
+    "WithUncertainty",
     "prepare",
     "use_fft_convolutions",
 ]

@@ -50,6 +50,11 @@ class PixelShuffleResidualNet(nn.Module):
         With ``positions`` the input is (N, 7, H, W): the slice, then its positions. With ``facts`` it is (N, 8 + facts, H, W): the slice,
         the excess of zero-filling, the positions, and the constant facts.
         """
+        return self.result(x, self.features(x)[0])
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From the input of :meth:`forward`: the last features (N, features, h, w) on the coarse grid; the positions on that grid, which
+        have no channels without ``positions``; and the embedded facts (N, 32), or (N, 0) without ``facts``."""
         if x.shape[1] != self.channels:
             raise ValueError(f"{self.channels} channels expected, got {x.shape[1]}")
         height, width = x.shape[-2:]
@@ -62,8 +67,12 @@ class PixelShuffleResidualNet(nn.Module):
             facts = self.embedding(torch.cat([x[:, first + 2 : first + 3, 0, 0], x[:, first + 5 :, 0, 0]], 1))
         for layer in self.deep:
             deep = layer(deep, positions, facts)
-        residual = F.pixel_shuffle(self.reconstruct(shallow + deep), self.stride)
-        return x[:, :1] + residual[..., :height, :width]
+        return shallow + deep, positions, facts
+
+    def result(self, x: Tensor, features: Tensor) -> Tensor:
+        """The result (N, 1, H, W) of an input and its ``features``."""
+        residual = F.pixel_shuffle(self.reconstruct(features), self.stride)
+        return x[:, :1] + residual[..., : x.shape[2], : x.shape[3]]
 
 
 class ResidualBlock(nn.Module):

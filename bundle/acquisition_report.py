@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .acquisition import Acquisition, Sampling, cut_to_acquired
+from .consistency import Recognition
 from .errors import switch
 from .files import write_atomically, write_json
 from .inferers import ForegroundInferer, OrthogonalSlices
@@ -60,6 +61,7 @@ def measure_acquisitions(
     interpolation: str = "spline",
     slices: int = 12,
     tell_noise: bool = False,
+    recognition: Recognition | None = None,
     device: torch.device | None = None,
     seed: int = 0,
     head: Head | None = None,
@@ -82,6 +84,7 @@ def measure_acquisitions(
         interpolation: in-plane interpolation of the network's input.
         slices: number of evenly spaced axial slices per volume for the in-plane rows; for thick slices, all planes are used.
         tell_noise: whether the network receives the true noise instead of the measured one.
+        recognition: recognises the acquisition within the plane, see :class:`bundle.inferers.ForegroundInferer`.
         device: device of the network; ``None`` is the CPU.
         seed: seed of the noise.
         head: the uncertainty head of the network, if it has one.
@@ -104,7 +107,7 @@ def measure_acquisitions(
         inferer = (
             OrthogonalSlices(**kwargs)
             if orthogonal
-            else ForegroundInferer(roi_size=(-1, -1), spatial_dim=2, interpolation=interpolation, **kwargs)
+            else ForegroundInferer(roi_size=(-1, -1), spatial_dim=2, interpolation=interpolation, recognition=recognition, **kwargs)
         )
         with torch.no_grad():
             result = inferer(MetaTensor(volume[None, None], meta=meta).to(device), network)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .conditions import conditions, measured_samples, spectral_facts, with_measured_kspace, zero_filled_excess
 from .conditions import positions as subpixel_positions
+from .consistency import Correction, Recognition
 from .errors import InputError, switch
 from .memory import release_freed_memory
 from .networks.uncertainty import WithUncertainty
@@ -63,6 +65,8 @@ class ForegroundInferer(SliceInferer):
         noise: standard deviation as a fraction of the intensity scale; ``None`` uses the measured one.
         denoise: 1 keeps the result as it is; 0 restores the measured k-space of each slice, with its noise, and keeps the result only
             beyond it; values in between mix (:func:`bundle.conditions.with_measured_kspace`).
+        recognition: recognises the acquisition, so that the result can be corrected to agree with the measured samples
+            (:mod:`bundle.consistency`); ``None`` keeps it as it is. What was recognised is in the result's ``meta["recognized"]``.
         interpolation: mode by which the slices were interpolated (:func:`bundle.resampling.enlarge`); ``"spline"`` across thick slices.
         thick_axis: spatial axis across thick slices, if ``inputs.meta["factor"]`` holds three factors.
         precision: number format of the network's convolutions (:func:`bundle.precision.choose`).
@@ -83,6 +87,7 @@ class ForegroundInferer(SliceInferer):
         facts: bool = False,
         noise: float | None = None,
         denoise: float = 1.0,
+        recognition: Recognition | None = None,
         interpolation: str = "spline",
         thick_axis: int = 2,
         precision: str = "float32",
@@ -97,7 +102,7 @@ class ForegroundInferer(SliceInferer):
         if not isinstance(denoise, (int, float)) or not 0 <= denoise <= 1:
             raise InputError(f"denoise must be a number from 0 to 1, got {denoise!r}")
         self.noise, self.denoise, self.interpolation, self.precision = noise, denoise, interpolation, precision
-        self.thick_axis = thick_axis
+        self.thick_axis, self.recognition = thick_axis, recognition
         self.threshold, self.margin, self.show_slices = threshold, margin, progress
         super().__init__(progress=progress and not self.skip_background, **kwargs)
 
@@ -122,6 +127,7 @@ class ForegroundInferer(SliceInferer):
         every = slice(0, sides[0]), slice(0, sides[1])
         factors = self._factors(inputs)[0] if self.denoise < 1 else ()
         outputs = torch.cat([inputs, torch.zeros_like(inputs)], 1) if uncertain else inputs.clone()
+        correction = self._correction(inputs, outputs) if self.recognition else None
         # plain tensors: metadata would be copied with every part
         inputs, target = torch.as_tensor(inputs).as_subclass(Tensor), torch.as_tensor(outputs).as_subclass(Tensor)
 
@@ -138,6 +144,8 @@ class ForegroundInferer(SliceInferer):
                 part = add_conditions(whole[*window(0, rows, columns)], rows, columns)
                 result: Any = super().__call__(part, network, *args, **kwargs)
                 target[*window(n, kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
+            if correction is not None:
+                target[:, :1].select(axis, n).copy_(correction(target[:, :1].select(axis, n), n))
             if self.denoise < 1:
                 before, after = (v[:, :1].narrow(axis, n, 1).movedim(axis, 0) for v in (inputs, target))
                 mixed = with_measured_kspace(after, before, factors, 1 - self.denoise, self.interpolation)
@@ -155,6 +163,18 @@ class ForegroundInferer(SliceInferer):
         planes = inputs.as_subclass(Tensor).movedim(self.spatial_dim + 2, 0)[:, 0, 0]
         noise, spectrum = spectral_facts(measured_samples(planes, factors, self.interpolation))
         return [width if thick else 0.0 for thick in across], noise if self.noise is None else self.noise, spectrum
+
+    def _correction(self, inputs: Tensor, outputs: Tensor) -> Correction | None:
+        """Correction of the slices, if their acquisition is recognised; notes it in the metadata of ``outputs``."""
+        factors, across = self._factors(inputs)
+        planes = inputs.as_subclass(Tensor).movedim(self.spatial_dim + 2, 0)
+        measured = measured_samples(planes, factors, self.interpolation)
+        recognized = None if any(across) else self.recognition(measured[:, 0, 0], factors)  # type: ignore[misc]
+        if recognized is None:
+            return None
+        recognized = recognized if self.noise is None else replace(recognized, noise=self.noise)
+        outputs.meta["recognized"] = recognized  # type: ignore[attr-defined]
+        return Correction(measured, planes.shape[-2:], factors, recognized)
 
     def _with_conditions(self, inputs: Tensor, facts: tuple[list[float], float, Tensor] | None) -> Callable[[Tensor, slice, slice], Tensor]:
         """A function that adds the condition maps, as channels, to a part of a slice."""

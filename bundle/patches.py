@@ -17,11 +17,12 @@ from torch.utils.data import Dataset
 
 from .acquisition import Acquisition, Sampling, cut_to_acquired, sampled
 from .conditions import conditions, spectral_facts
+from .consistency import SIZE, kind_of, window_of
 from .errors import InputError
 from .resampling import check_factor, enlarge
 from .transforms import name_of
 
-__all__ = ["AcquiredPatches", "RandomAcquisition", "RandomContrast", "RandomLesions"]
+__all__ = ["AcquiredPatches", "MeasuredSlices", "RandomAcquisition", "RandomContrast", "RandomLesions"]
 
 THICK = 1.4  # times the smallest spacing: planes must not contain a coarser axis
 
@@ -265,6 +266,38 @@ class AcquiredPatches(Dataset):
         image = image if self.contrast is None else self.contrast(image, random)
         image = image if self.lesions is None else self.lesions(image, random)
         return (image * float(random.uniform(0.75, 1.1))).contiguous()
+
+
+class MeasuredSlices(Dataset):
+    """Measured slices with random acquisitions, for :class:`bundle.networks.AcquisitionClassifier`; a pure function of (seed, index).
+
+    Args:
+        patches: its volumes, contrasts, lesions, acquisitions and seed are used, but not its patches.
+    """
+
+    def __init__(self, patches: AcquiredPatches) -> None:
+        self.patches = patches
+
+    def __len__(self) -> int:
+        return len(self.patches)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """``{"image": (3, 96, 96), "label": (2,)}``: a part of the slice, turned so that a refined axis runs along its rows, with maps of
+        1 / factor; the index of the kind of sampling of that axis, and the noise."""
+        patches = self.patches
+        random = np.random.default_rng((patches.seed, index))
+        truth = patches._slice(index % len(patches.volumes), random)
+        refined: list[int] = []
+        while not refined:
+            acquisition, _, _ = patches.acquisition(random)
+            refined = [axis for axis, sampling in enumerate(acquisition.axes) if sampling.factor > 1]
+        measured = acquisition(truth, random)
+        axis = int(random.choice(refined))
+        along, other = acquisition.axes[axis], acquisition.axes[1 - axis]
+        measured = measured.T if axis else measured
+        part = window_of(measured, *(int(random.integers(max(side - SIZE, 0) + 1)) for side in measured.shape))
+        image = torch.stack([part, *(torch.full_like(part, 1 / sampling.factor) for sampling in (along, other))])
+        return {"image": image, "label": torch.tensor([kind_of(along), acquisition.noise])}
 
 
 def _truth(image: MetaTensor, size: int) -> tuple[Tensor, list[int]]:

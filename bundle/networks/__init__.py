@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoints import load_weights
 from ..errors import InputError, switch
 from ..memory import keep_freed_memory
+from .acquisition_classifier import AcquisitionClassifier
 from .drcn import DRCN
 from .drrn import DRRN
 from .fft_convolution import FFTConv2d, use_fft_convolutions
@@ -31,6 +32,7 @@ __all__ = [
     "RDN",
     "SRCNN",
     "VDSR",
+    "AcquisitionClassifier",
     "FFTConv2d",
     "MultiScaleResidualNet",
     "OnnxNetwork",

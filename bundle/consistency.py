@@ -1,0 +1,201 @@
+"""Data consistency within the plane: recognise how a scan was sampled, and correct a result so that it agrees with the measured samples.
+
+A network that does not know the acquisition answers with a compromise between those that fit, and smooths what was measured. Once the
+sampling S is known, the measured samples y correct the result x:
+
+    x + S^T (S S^T + w)^-1 (y - S x)
+
+which is the most probable image if the errors of x are white and y has white noise; w is the ratio of their variances. It changes only what
+the acquisition passed: detail beyond it stays that of the network.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .acquisition import Sampling, acquired_fraction, kspace_filter, sampling_matrix
+from .checkpoints import load_weights
+from .errors import InputError
+from .files import sha256
+from .networks import AcquisitionClassifier
+
+__all__ = ["KINDS", "Correction", "Recognition", "RecognitionLoss", "Recognized", "kind_of", "recognition", "window_of"]
+
+GAUSSIAN = (0.75, 0.85, 0.95, 1.05, 1.15, 1.25, 1.35)  # widths: centres of the classes
+KINDS = (
+    *(Sampling(window=window) for window in ("none", "hamming", "tukey")),
+    Sampling(profile="bicubic"),
+    Sampling(profile="box"),
+    *(Sampling(profile="gaussian", width=width) for width in GAUSSIAN),
+)
+SIZE = 96  # side of the slices that the classifier sees
+SLICES = 16  # of a scan that it sees, at most
+NOISE_UNIT = 0.02  # noise as large as the usual error of a network: both then count alike
+SMALLEST = 0.03  # w without noise: samples are rounded, and the model of the sampling is not exact
+FILLED = 0.03  # part of a slice that must be anatomy
+
+
+def kind_of(sampling: Sampling) -> int:
+    """Index into :data:`KINDS`; a Gaussian belongs to the class of the nearest width."""
+    if sampling.profile == "gaussian":
+        return len(KINDS) - len(GAUSSIAN) + min(range(len(GAUSSIAN)), key=lambda n: abs(GAUSSIAN[n] - sampling.width))
+    for index, kind in enumerate(KINDS):
+        if (kind.profile, kind.window) == (sampling.profile, sampling.window):
+            return index
+    raise InputError(f"a sampling with the profile {sampling.profile!r} is not recognised within the plane")
+
+
+def window_of(samples: Tensor, top: int = 0, left: int = 0) -> Tensor:
+    """Square of 96 x 96 samples from (h, w), starting at ``top`` and ``left``; smaller images are padded with zeros on all sides."""
+    samples = samples[top : top + SIZE, left : left + SIZE]
+    rows, columns = SIZE - samples.shape[0], SIZE - samples.shape[1]
+    return F.pad(samples, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+
+
+@dataclass(frozen=True)
+class Recognized:
+    """How the refined axes of a scan were sampled.
+
+    Args:
+        sampling: profile, width and window; its factor is 1.
+        probability: of this profile.
+        noise: standard deviation that the acquisition added, on the scale of the intensities.
+    """
+
+    sampling: Sampling
+    probability: float
+    noise: float
+
+    @property
+    def name(self) -> str:
+        s = self.sampling
+        return {"kspace": "k-space", "gaussian": f"Gaussian, {s.width:.2f} pixels wide"}.get(s.profile, s.profile) + (
+            f", {s.window.capitalize()} window" if s.window != "none" else ""
+        )
+
+
+class Recognition:
+    """Recognise the sampling of scans by a trained classifier.
+
+    Args:
+        checkpoint: weights of :class:`bundle.networks.AcquisitionClassifier`.
+        acquisition: ``"auto"``, or the profile of the sampling where it is known; the classifier then finds the width of a Gaussian, a
+            window and the noise only.
+
+    Raises:
+        InputError: if the weights cannot be loaded, or for another ``acquisition``.
+    """
+
+    def __init__(self, checkpoint: str | Path, acquisition: str = "auto") -> None:
+        profiles = list(dict.fromkeys(kind.profile for kind in KINDS))
+        if acquisition not in ("auto", *profiles):
+            raise InputError(f"acquisition must be auto, unknown, {', '.join(profiles[:-1])} or {profiles[-1]}, got {acquisition!r}")
+        self.possible = torch.tensor([acquisition in ("auto", kind.profile) for kind in KINDS])
+        self.weights = sha256(checkpoint) if Path(checkpoint).is_file() else None
+        self.network = AcquisitionClassifier(len(KINDS), size=SIZE)
+        load_weights(self.network, checkpoint)
+        self.network.eval()
+
+    def __call__(self, measured: Tensor, factors: Sequence[float]) -> Recognized | None:
+        """The sampling of both refined axes of slices (n, h, w), on the scale of the intensities; ``None`` if there is no anatomy, or
+        no refined axis. Slices are taken as independent evidence up to a few: neighbours repeat each other."""
+        filled = (measured > 0.05).float().mean((1, 2)) > FILLED
+        slices = measured[filled].float().cpu()
+        if not len(slices) or max(factors) <= 1:
+            return None
+        slices = slices[torch.linspace(0, len(slices) - 1, min(len(slices), SLICES)).round().long()]
+        inputs = []
+        for axis, factor in enumerate(factors):
+            if factor > 1:
+                along = [1 / factor, 1 / factors[1 - axis]]
+                for image in slices if axis == 0 else slices.mT:
+                    places = [sorted({0, max(0, side - SIZE) // 2, max(0, side - SIZE)}) for side in image.shape]
+                    middle = [place[len(place) // 2] for place in places]
+                    image = window_of(image, *middle)
+                    inputs.append(torch.stack([image, *(torch.full_like(image, value) for value in along)]))
+        with torch.inference_mode():
+            output = self.network(torch.stack(inputs))
+        evidence = output[:, :-1].log_softmax(1).mean(0) * math.sqrt(len(inputs))
+        chances = evidence.masked_fill(~self.possible, -math.inf).softmax(0)
+        noise = max(0.0, float(output[:, -1].mean())) * NOISE_UNIT
+        gaussian = chances[-len(GAUSSIAN) :]
+        groups = torch.cat([chances[: -len(GAUSSIAN)], gaussian.sum(0, keepdim=True)])
+        best = int(groups.argmax())
+        sampling = KINDS[best]
+        if sampling.profile == "gaussian":
+            width = float((gaussian * torch.tensor(GAUSSIAN)).sum() / gaussian.sum())
+            sampling = replace(sampling, width=round(width, 3))
+        return Recognized(sampling, float(groups[best]), noise)
+
+
+def recognition(acquisition: str, checkpoint: str | Path, facts: bool = True) -> Recognition | None:
+    """:class:`Recognition` for the option ``acquisition``; ``None`` for ``"unknown"``, and for networks without facts, whose results are
+    those of their publications."""
+    return Recognition(checkpoint, acquisition) if facts and acquisition != "unknown" else None
+
+
+class Correction:
+    """Correct slices of a result so that they agree with the measured samples.
+
+    Args:
+        measured: (n, ..., h, w), all measured slices.
+        size: rows and columns of the result.
+        factors: of the rows and of the columns.
+        recognized: how the refined axes were sampled.
+    """
+
+    def __init__(self, measured: Tensor, size: Sequence[int], factors: Sequence[float], recognized: Recognized) -> None:
+        self.measured = measured
+        matrices = []
+        for axis, (side, factor) in enumerate(zip(size, factors)):
+            coverage = 1.0
+            if recognized.sampling.profile == "kspace" and factor > 1:
+                coverage = acquired_fraction(measured, axis - 2)
+            matrices.append(_decomposed(side, replace(recognized.sampling, factor=float(factor)), round(coverage, 3)))
+        (self.rows, u, d, v), (self.columns, u2, d2, v2) = matrices
+        gain = d[:, None] * d2
+        weight = SMALLEST + (recognized.noise / NOISE_UNIT) ** 2
+        weight += (1 - recognized.probability) / recognized.probability
+        gain = gain / (gain.square() + weight / math.prod(factors))
+        self.parts = [part.to(measured) for part in (u, u2, v, v2, gain, self.rows, self.columns)]
+
+    def __call__(self, result: Tensor, n: int) -> Tensor:
+        """Corrected slice ``n``, (..., H, W) to the same shape."""
+        u, u2, v, v2, gain, rows, columns = self.parts
+        missing = self.measured[n] - rows @ result @ columns.T
+        return result + v.T @ ((u.T @ missing @ u2) * gain) @ v2
+
+
+class RecognitionLoss(nn.Module):
+    """Cross-entropy of the kinds, plus the absolute error of the noise in units of 0.02 times ``noise_weight``."""
+
+    def __init__(self, noise_weight: float = 0.4) -> None:
+        super().__init__()
+        self.noise_weight = noise_weight
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Scalar loss of (N, kinds + 1) against (N, 2): index of the kind, and the noise on the scale of the intensities."""
+        kinds = F.cross_entropy(prediction[:, :-1].float(), target[:, 0].long())
+        return kinds + self.noise_weight * F.l1_loss(prediction[:, -1].float(), target[:, 1] / NOISE_UNIT)
+
+
+@functools.lru_cache(maxsize=8)
+def _decomposed(size: int, sampling: Sampling, coverage: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Matrix (n, size) of the sampling of an axis, and its singular value decomposition."""
+    if sampling.factor == 1:
+        matrix = torch.eye(size, dtype=torch.float64)
+    else:
+        matrix = sampling_matrix(size, sampling).double()
+        if coverage < 1 or sampling.window != "none":
+            matrix = kspace_filter(len(matrix), coverage, sampling.window).double() @ matrix
+    values: Any = torch.linalg.svd(matrix, full_matrices=False)
+    return matrix, *values

@@ -75,12 +75,22 @@ class Recognized:
     probability: float
     noise: float
 
-    @property
-    def name(self) -> str:
+    def __str__(self) -> str:
+        names = {"kspace": "k-space truncation", "gaussian": f"Gaussian point spread, {self.sampling.width:.2f} pixels wide"}
+        name = names.get(self.sampling.profile, self.sampling.profile)
+        window = "" if self.sampling.window == "none" else f" with a {self.sampling.window.capitalize()} window"
+        return f"acquired by {name}{window} (probability {self.probability:.2f}), noise {100 * self.noise:.1f} %"
+
+    def facts(self) -> dict[str, Any]:
+        """For the report of a result."""
         s = self.sampling
-        return {"kspace": "k-space", "gaussian": f"Gaussian, {s.width:.2f} pixels wide"}.get(s.profile, s.profile) + (
-            f", {s.window.capitalize()} window" if s.window != "none" else ""
-        )
+        return {
+            "profile": s.profile,
+            "width": s.width,
+            "window": s.window,
+            "probability": round(self.probability, 3),
+            "noise": round(self.noise, 5),
+        }
 
 
 class Recognition:

@@ -118,7 +118,8 @@ class ForegroundInferer(SliceInferer):
             every_pixel = super().__call__(inputs, network, *args, **kwargs)
             release_freed_memory()
             return every_pixel
-        facts = self._facts(inputs) if self.facts else None
+        measured = self._measured(inputs) if self.facts or self.recognition else None
+        facts = self._facts(inputs, measured) if self.facts else None
         add_conditions = self._with_conditions(inputs, facts) if self.positions else lambda part, rows, columns: part
         add_excess = self._with_excess(inputs) if self.facts else lambda part: part
         axis = self.spatial_dim + 2
@@ -127,7 +128,7 @@ class ForegroundInferer(SliceInferer):
         every = slice(0, sides[0]), slice(0, sides[1])
         factors = self._factors(inputs)[0] if self.denoise < 1 else ()
         outputs = torch.cat([inputs, torch.zeros_like(inputs)], 1) if uncertain else inputs.clone()
-        correction = self._correction(inputs, outputs) if self.recognition else None
+        correction = self._correction(outputs, measured) if self.recognition else None
         # plain tensors: metadata would be copied with every part
         inputs, target = torch.as_tensor(inputs).as_subclass(Tensor), torch.as_tensor(outputs).as_subclass(Tensor)
 
@@ -155,26 +156,29 @@ class ForegroundInferer(SliceInferer):
         release_freed_memory()
         return outputs
 
-    def _facts(self, inputs: Tensor) -> tuple[list[float], float, Tensor]:
+    def _measured(self, inputs: Tensor) -> Tensor:
+        """Measured samples of all slices, (slices, N, 1, h, w)."""
+        planes = inputs.as_subclass(Tensor).movedim(self.spatial_dim + 2, 0)
+        return measured_samples(planes, self._factors(inputs)[0], self.interpolation)
+
+    def _facts(self, inputs: Tensor, measured: Tensor) -> tuple[list[float], float, Tensor]:
         """Widths of the slice profile, noise and spectrum, those of the first volume: see :func:`bundle.conditions.conditions`."""
-        factors, across = self._factors(inputs)
+        across = self._factors(inputs)[1]
         width = float(inputs.meta.get("slice_width", 0))  # type: ignore[attr-defined]
         width = width if WIDTHS[0] <= width <= WIDTHS[1] else 0.0
-        planes = inputs.as_subclass(Tensor).movedim(self.spatial_dim + 2, 0)[:, 0, 0]
-        noise, spectrum = spectral_facts(measured_samples(planes, factors, self.interpolation))
+        noise, spectrum = spectral_facts(measured[:, 0, 0])
         return [width if thick else 0.0 for thick in across], noise if self.noise is None else self.noise, spectrum
 
-    def _correction(self, inputs: Tensor, outputs: Tensor) -> Correction | None:
+    def _correction(self, outputs: Tensor, measured: Tensor) -> Correction | None:
         """Correction of the slices, if their acquisition is recognised; notes it in the metadata of ``outputs``."""
-        factors, across = self._factors(inputs)
-        planes = inputs.as_subclass(Tensor).movedim(self.spatial_dim + 2, 0)
-        measured = measured_samples(planes, factors, self.interpolation)
+        factors, across = self._factors(outputs)
         recognized = None if any(across) else self.recognition(measured[:, 0, 0], factors)  # type: ignore[misc]
         if recognized is None:
             return None
         recognized = recognized if self.noise is None else replace(recognized, noise=self.noise)
         outputs.meta["recognized"] = recognized  # type: ignore[attr-defined]
-        return Correction(measured, planes.shape[-2:], factors, recognized)
+        sides = [side for n, side in enumerate(outputs.shape[2:]) if n != self.spatial_dim]
+        return Correction(measured, sides, factors, recognized)
 
     def _with_conditions(self, inputs: Tensor, facts: tuple[list[float], float, Tensor] | None) -> Callable[[Tensor, slice, slice], Tensor]:
         """A function that adds the condition maps, as channels, to a part of a slice."""

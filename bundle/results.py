@@ -286,7 +286,8 @@ class Consistencyd(MapTransform):
 
     The true acquisition is unknown: of k-space truncation and the bicubic, Gaussian and box profiles, the one that fits best is used.
     Adds ``"consistency"`` to the sample: PSNR in dB, peak 1 (the intensity scale), of the result and of the interpolation after the
-    simulated acquisition; and ``"acquisition"``, the profile that fits best.
+    simulated acquisition; ``"acquisition"``, the profile that fits best; and ``"recognized"``, what the result was corrected by
+    (:mod:`bundle.consistency`), or ``None``.
 
     Args:
         keys: the interpolated input, with its ``meta["factor"]``, and the result (1, factor X, factor Y, Z).
@@ -322,7 +323,10 @@ class Consistencyd(MapTransform):
         values = {name: round(-10 * math.log10(max(e, 1e-20)), 2) for name, e in errors.items()}
         name = name_of(data[self.keys[-1]])
         logger.info("%s: after a simulated acquisition (%s), the result agrees with the input to %.2f dB", name, fitting, values["result"])
-        return {**data, "consistency": values, "acquisition": fitting}
+        recognized = data[self.keys[-1]].meta.get("recognized")
+        if recognized is not None:
+            logger.info("%s: %s", name, recognized)
+        return {**data, "consistency": values, "acquisition": fitting, "recognized": recognized}
 
 
 class SaveVolumed(MapTransform):
@@ -480,6 +484,7 @@ class SaveReportd(MapTransform):
             "factor": [float(f) for f in image.meta["factor"]],
             "consistency_db": data["consistency"],
             "fitting_acquisition": data["acquisition"],
+            "recognized_acquisition": data["recognized"].facts() if data["recognized"] else None,
             **{key: value for key, value in data["report"].items() if key != "warnings"},
             **self.results.bids_facts(volume),
             "settings": self.results.settings,

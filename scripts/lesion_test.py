@@ -190,7 +190,11 @@ class LesionTest:
     def applied(self, volume: Tensor, scan: Scan, factors: Sequence[float]) -> Tensor:
         names = ("positions", "facts", "interpolation")
         options = {name: self.config.get_parsed_content(name) for name in names}
-        inferer: Any = OrthogonalSlices(**options) if scan.thick else ForegroundInferer(roi_size=(-1, -1), spatial_dim=2, **options)
+        inferer: Any = (
+            OrthogonalSlices(**options)
+            if scan.thick
+            else ForegroundInferer(roi_size=(-1, -1), spatial_dim=2, recognition=self.config.get_parsed_content("recognition"), **options)
+        )
         meta = {"factor": list(factors), **({"slice_width": 1.0} if scan.thick else {})}
         with torch.no_grad():
             result = inferer(MetaTensor(volume[None, None], meta=meta).to(self.device), self.network)

@@ -1,0 +1,196 @@
+"""Recognition of the acquisition, and correction of results by the measured samples."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import monai.bundle
+import numpy as np
+import pytest
+import torch
+import toy
+from monai.data import MetaTensor
+from test_patches import volume
+
+from bundle.acquisition import Acquisition, Sampling, sampling_matrix
+from bundle.consistency import KINDS, SMALLEST, Correction, Recognition, RecognitionLoss, Recognized, kind_of, recognition, window_of
+from bundle.errors import InputError
+from bundle.inferers import ForegroundInferer
+from bundle.loading import LoadVolumed
+from bundle.networks import AcquisitionClassifier
+from bundle.patches import AcquiredPatches, MeasuredSlices, RandomAcquisition
+from bundle.resampling import enlarge
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / "models" / "acquisition.pt"
+REAL = ROOT.parent / "shared" / "data" / "ds002748" / "sub-21.nii.gz"
+
+
+class Told:
+    """Recognition of one that knows."""
+
+    def __init__(self, kind, noise=0.0):
+        self.known = Recognized(kind, 1.0, noise)
+
+    def __call__(self, measured, factors):
+        return self.known
+
+
+@pytest.mark.parametrize("kind", [0, 1, 3, 4, 9])
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+def test_correction_is_the_regularised_solution(kind, noise):
+    """Against the dense formula, with the sampling of the whole slice as one matrix."""
+    factors, size = (2.0, 1.5), (13, 12)
+    random = torch.Generator().manual_seed(0)
+    known = Recognized(KINDS[kind], 1.0, noise)
+    rows, columns = (sampling_matrix(n, replace(KINDS[kind], factor=f)).double() for n, f in zip(size, factors))
+    if KINDS[kind].window != "none":
+        from bundle.acquisition import kspace_filter
+
+        rows, columns = (kspace_filter(len(m), 1.0, KINDS[kind].window).double() @ m for m in (rows, columns))
+    result = torch.rand(size, generator=random, dtype=torch.float64)
+    measured = torch.rand(len(rows), len(columns), generator=random, dtype=torch.float64)
+    whole = torch.from_numpy(np.kron(rows.numpy(), columns.numpy()))
+    weight = (SMALLEST + (noise / 0.02) ** 2) / (factors[0] * factors[1])
+    missing = measured.flatten() - whole @ result.flatten()
+    expected = result.flatten() + whole.T @ torch.linalg.solve(
+        whole @ whole.T + weight * torch.eye(len(whole), dtype=torch.float64), missing
+    )
+    found = Correction(measured[None], size, factors, known)(result, 0)
+    torch.testing.assert_close(found.flatten(), expected, atol=1e-5, rtol=0)
+
+
+def test_the_truth_is_not_changed():
+    truth = torch.from_numpy(toy.head((40, 42, 3)))[..., 1] / 1000
+    for kind in KINDS:
+        axes = [replace(kind, factor=2.0)] * 2
+        scan = Acquisition(axes)(truth)
+        corrected = Correction(scan[None], truth.shape, (2, 2), Recognized(kind, 1.0, 0.0))(truth, 0)
+        # except where the magnitude of the overshoot was taken
+        assert float((corrected - truth)[truth > 0.2].abs().max()) < 0.03, kind
+
+
+def test_less_is_corrected_if_the_kind_is_doubtful_or_the_scan_noisy():
+    result, scan = torch.zeros(20, 20), torch.ones(1, 10, 10)
+    steps = [
+        float(Correction(scan, (20, 20), (2, 2), Recognized(KINDS[0], p, noise))(result, 0).mean())
+        for p, noise in ((1.0, 0.0), (0.6, 0.0), (0.6, 0.05), (0.01, 0.05))
+    ]
+    assert 1 > steps[0] > 0.9
+    assert steps == sorted(steps, reverse=True) and steps[-1] < 0.05
+
+
+def test_every_acquisition_has_a_kind():
+    random = np.random.default_rng(0)
+    seen = {kind_of(axis) for _ in range(500) for axis in RandomAcquisition()(random)[0].axes}
+    assert seen == set(range(len(KINDS)))
+    assert kind_of(Sampling(3, "gaussian", 0.97)) == kind_of(Sampling(2, "gaussian", 0.93))
+    with pytest.raises(InputError, match="trapezoid"):
+        kind_of(Sampling(3, "trapezoid"))
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (40, 120), (200, 31), (97, 95)])
+def test_windows_have_one_size(shape):
+    image = torch.rand(shape)
+    part = window_of(image)
+    assert part.shape == (96, 96)
+    assert float(part.sum()) == pytest.approx(float(image[:96, :96].sum()), rel=1e-5)
+
+
+def test_slices_for_training_are_a_function_of_seed_and_index():
+    def dataset(seed):
+        return MeasuredSlices(AcquiredPatches([volume()], RandomAcquisition(), size=48, seed=seed))
+
+    first, second, other = dataset(1), dataset(1), dataset(2)
+    assert len(first) == 100
+    for index in (0, 7, 5000):
+        item = first[index]
+        assert item["image"].shape == (3, 96, 96)
+        assert 0 <= item["label"][0] < len(KINDS) and 0 <= item["label"][1] <= 0.05
+        assert 0.2 < float(item["image"][1, 0, 0]) <= 1
+        assert all(torch.equal(item[key], second[index][key]) for key in item)
+    assert not torch.equal(first[0]["image"], other[0]["image"])
+
+
+def test_loss_is_smallest_for_the_true_kind_and_noise():
+    target = torch.tensor([[3.0, 0.02], [11.0, 0.0]])
+    right = torch.full((2, len(KINDS) + 1), -20.0)
+    right[0, 3], right[1, 11] = 20.0, 20.0
+    right[:, -1] = torch.tensor([1.0, 0.0])  # in units of 0.02
+    assert float(RecognitionLoss()(right, target)) < 1e-4
+    assert float(RecognitionLoss()(right.roll(1, 0), target)) > 10
+
+
+def untrained(path):
+    torch.manual_seed(0)
+    torch.save(AcquisitionClassifier(len(KINDS)).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("shape", [(5, 30, 180), (1, 96, 96), (40, 130, 20)])
+@pytest.mark.parametrize("factors", [(2, 2), (1, 3.5)])
+def test_slices_of_any_size_are_looked_at(shape, factors, tmp_path):
+    found = Recognition(untrained(tmp_path / "a.pt"))(torch.rand(shape), factors)
+    assert 0 < found.probability <= 1 and found.noise >= 0
+
+
+def test_air_and_unrefined_scans_are_not_recognised(tmp_path):
+    look = Recognition(untrained(tmp_path / "a.pt"))
+    assert look(torch.zeros(3, 50, 50), (2, 2)) is None
+    assert look(torch.rand(3, 50, 50), (1, 1)) is None
+
+
+def test_what_is_known_need_not_be_recognised(tmp_path):
+    path = untrained(tmp_path / "a.pt")
+    for profile in ("kspace", "bicubic", "box", "gaussian"):
+        assert Recognition(path, profile)(torch.rand(3, 50, 50), (2, 2)).sampling.profile == profile
+    assert Recognition(path, "box")(torch.rand(3, 50, 50), (2, 2)).probability == pytest.approx(1)
+    assert recognition("unknown", path) is None
+    assert recognition("auto", path, facts=False) is None
+    with pytest.raises(InputError, match="acquisition must be auto, unknown, kspace, bicubic, box or gaussian, got 'mean'"):
+        recognition("mean", path)
+
+
+def test_results_are_corrected_slice_by_slice():
+    truth = torch.from_numpy(toy.head((40, 44, 3))).float() / 1000
+    kind, factors = KINDS[0], (2.0, 2.0)
+    scan = Acquisition([replace(kind, factor=2.0)] * 2)(truth.movedim(-1, 0))
+    interpolated = enlarge(scan, factors, truth.shape[:2], "spline").movedim(0, -1)
+    image = MetaTensor(interpolated[None, None], meta={"factor": list(factors)})
+    inferer = ForegroundInferer(recognition=Told(kind), positions=True, facts=True, roi_size=(-1, -1), spatial_dim=2)
+    found = inferer(image, lambda x: 0.9 * x[:, :1])
+    plain = ForegroundInferer(positions=True, facts=True, roi_size=(-1, -1), spatial_dim=2)(image, lambda x: 0.9 * x[:, :1])
+    again, before = (
+        (Acquisition([replace(kind, factor=2.0)] * 2)(x.as_tensor()[0, 0].movedim(-1, 0)) - scan).square().mean() for x in (found, plain)
+    )
+    assert float(again) < 0.01 * float(before)
+    assert found.meta["recognized"].sampling == kind
+    assert "recognized" not in plain.meta
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="no weights of the classifier")
+@pytest.mark.skipif(not REAL.exists(), reason=f"no {REAL.name}: real volumes are not part of the repository")
+@pytest.mark.parametrize("sampling", [Sampling(2), Sampling(2, "bicubic"), Sampling(2, "gaussian", 1.1)])
+def test_a_real_scan_is_recognised(sampling):
+    image = LoadVolumed(keys="image")({"image": str(REAL)})["image"].as_tensor()[0].float()
+    slices = image[:, 60:230, 60:140:8].movedim(-1, 0)
+    slices = slices / torch.quantile(slices[slices > 0][::50], 0.999)
+    scan = Acquisition((sampling, sampling), step=0.001)(slices)
+    found = Recognition(WEIGHTS)(scan, (2, 2))
+    assert found.sampling.profile == sampling.profile, found
+    assert found.noise < 0.02
+
+
+@pytest.mark.slow
+def test_the_classifier_is_trained_as_the_page_says(tmp_path):
+    data = tmp_path / "data" / "ds002748"
+    data.mkdir(parents=True)
+    for name in ("sub-01", "sub-16"):
+        toy.write_nifti(data / f"{name}.nii.gz", toy.head((52, 56, 50)), toy.affine((1, 1, 1)))
+    names = ("train", "general", "datasets/scans", "random_acquisitions", "recognition")
+    monai.bundle.run(
+        config_file=[str(ROOT / "configs" / f"{name}.json") for name in names],
+        dataset_dir=str(data.parent), output_dir=str(tmp_path / "run"), test_volumes=[], device="cpu", slices_per_volume=40, patch_size=48,
+        max_epochs=1, warmup_iterations=1,
+    )  # fmt: skip
+    found = Recognition(tmp_path / "run" / "models" / "model.pt")(torch.rand(3, 50, 50), (2, 2))
+    assert found is not None

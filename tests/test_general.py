@@ -36,6 +36,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def infer(weights, tmp_path):
     def run(scan, *overlays, kind="random", **options):
+        options = {"acquisition": "unknown", **options}
         monai.bundle.run(
             config_file=[str(CONFIGS / f"{name}.json") for name in ("inference", *overlays)], dataset_dir=str(scan),
             output_dir=str(tmp_path / "out"), checkpoint=str(weights / f"{kind}.pt"), device="cpu", overwrite=True, clip=False,
@@ -82,6 +83,25 @@ def test_the_scan_s_own_noise_returns_on_request(infer, tmp_path):
     assert float((downsample(every, 2, "kspace") - measured).abs().mean()) > 5
 
 
+def test_what_was_recognised_corrects_the_result_and_is_reported(infer, tmp_path):
+    scan = noisy_scan(tmp_path, noise=0)
+    network = infer(scan).get_fdata()
+    report = json.loads((tmp_path / "out" / "scan_sr.json").read_text())
+    assert (report["recognized_acquisition"], report["settings"]["recognition"]) == (None, None)
+    measured = torch.from_numpy(nib.load(scan).get_fdata()).movedim(-1, 0)
+    errors = [
+        float((downsample(torch.from_numpy(result).movedim(-1, 0), 2, "kspace") - measured).abs().mean())
+        for result in (network, infer(scan, acquisition="kspace", noise=0).get_fdata())
+    ]
+    assert errors[1] < 0.3 * errors[0]
+    report = json.loads((tmp_path / "out" / "scan_sr.json").read_text())
+    assert report["recognized_acquisition"].pop("window") in ("none", "hamming", "tukey")
+    assert report["recognized_acquisition"] == {"profile": "kspace", "width": 1.0, "probability": pytest.approx(1, abs=0.9), "noise": 0}
+    assert len(report["settings"]["recognition"]) == 64
+    infer(scan, acquisition="auto")
+    assert json.loads((tmp_path / "out" / "scan_sr.json").read_text())["recognized_acquisition"]["probability"] <= 1
+
+
 def test_a_slice_thickness_reaches_the_network(infer, tmp_path):
     scan = noisy_scan(tmp_path, spacing=(1, 1, 4))
     unknown, gaps = (infer(scan, "isotropic", **given).get_fdata() for given in ({}, {"slice_thickness": 3}))
@@ -91,7 +111,8 @@ def test_a_slice_thickness_reaches_the_network(infer, tmp_path):
 
 @pytest.mark.parametrize(
     ("overlays", "option", "message"),
-    [((), {"noise": 2}, "noise must be a fraction"), ((), {"denoise": -1}, "denoise must be a number from 0 to 1"),
+    [((), {"acquisition": "mean"}, "acquisition must be auto, unknown, kspace"),
+     ((), {"noise": 2}, "noise must be a fraction"), ((), {"denoise": -1}, "denoise must be a number from 0 to 1"),
      (("isotropic",), {"denoise": 0}, "with thick slices it must be 1"), (("isotropic",), {"slice_thickness": -3}, "slice_thickness must")],
 )  # fmt: skip
 def test_impossible_options_are_refused(overlays, option, message, infer, tmp_path):

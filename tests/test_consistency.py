@@ -186,7 +186,7 @@ def test_the_classifier_is_trained_as_the_page_says(tmp_path):
     data.mkdir(parents=True)
     for name in ("sub-01", "sub-16"):
         toy.write_nifti(data / f"{name}.nii.gz", toy.head((52, 56, 50)), toy.affine((1, 1, 1)))
-    names = ("train", "general", "datasets/scans", "random_acquisitions", "recognition")
+    names = ("train", "general", "datasets/scans", "random_acquisitions", "acquisition_classifier")
     monai.bundle.run(
         config_file=[str(ROOT / "configs" / f"{name}.json") for name in names],
         dataset_dir=str(data.parent), output_dir=str(tmp_path / "run"), test_volumes=[], device="cpu", slices_per_volume=40, patch_size=48,

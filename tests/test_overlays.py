@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORKS = [f"networks/{path.stem}" for path in sorted((CONFIGS / "networks").glob("*.json"))]
 DATASETS = [f"datasets/{path.stem}" for path in sorted((CONFIGS / "datasets").glob("*.json"))]
 OF_TRAINING = [
-    *NETWORKS, *DATASETS, "general", "any_factor", "thick_slices", "random_acquisitions", "uncertainty", "recognition", "evaluate",
+    *NETWORKS, *DATASETS, "general", "any_factor", "thick_slices", "random_acquisitions", "uncertainty", "acquisition_classifier", "evaluate",
     "evaluate_thick_slices", "evaluate_acquisitions", "measure_ranges", "multi_gpu_train", "multi_gpu_evaluate",
 ]  # fmt: skip
 OF_INFERENCE = [
@@ -67,7 +67,7 @@ def test_random_acquisitions_need_a_network_with_facts(network):
         ("inference", ("any_factor", "networks/fast"), "networks"),
         ("inference", ("inference_onnx", "isotropic"), "networks"),
         ("train", ("any_factor", "thick_slices"), "networks"),
-        ("train", ("uncertainty", "recognition"), "parts"),
+        ("train", ("uncertainty", "acquisition_classifier"), "parts"),
         ("train", ("datasets/alvin", "datasets/ds002748"), "datasets"),
     ],
 )

@@ -13,7 +13,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORKS = [f"networks/{path.stem}" for path in sorted((CONFIGS / "networks").glob("*.json"))]
 DATASETS = [f"datasets/{path.stem}" for path in sorted((CONFIGS / "datasets").glob("*.json"))]
 OF_TRAINING = [
-    *NETWORKS, *DATASETS, "general", "any_factor", "thick_slices", "random_acquisitions", "uncertainty", "acquisition_classifier", "evaluate",
+    *NETWORKS, *DATASETS, "general", "any_factor", "thick_slices", "random_acquisitions", "uncertainty", "acquisition_classifier",
+    "evaluate",
     "evaluate_thick_slices", "evaluate_acquisitions", "measure_ranges", "multi_gpu_train", "multi_gpu_evaluate",
 ]  # fmt: skip
 OF_INFERENCE = [

@@ -39,8 +39,10 @@ KINDS = (
 )
 SIZE = 96  # side of the slices that the classifier sees
 SLICES = 16  # of a scan that it sees, at most
-NOISE_UNIT = 0.02  # noise as large as the usual error of a network: both then count alike
+NOISE_UNIT = 0.02  # of the classifier's output
+EQUAL = 0.018  # noise as large as the usual error of the network: both then count alike; chosen on validation volumes
 SMALLEST = 0.03  # w without noise: samples are rounded, and the model of the sampling is not exact
+AGREEMENT = 4.0  # exponent of the disagreement of a result with the samples, as evidence against a kind; chosen on validation volumes
 FILLED = 0.03  # part of a slice that must be anatomy
 
 
@@ -115,14 +117,24 @@ class Recognition:
         load_weights(self.network, checkpoint)
         self.network.eval()
 
-    def __call__(self, measured: Tensor, factors: Sequence[float]) -> Recognized | None:
-        """The sampling of both refined axes of slices (n, h, w), on the scale of the intensities; ``None`` if there is no anatomy, or
-        no refined axis. Slices are taken as independent evidence up to a few: neighbours repeat each other."""
-        filled = (measured > 0.05).float().mean((1, 2)) > FILLED
-        slices = measured[filled].float().cpu()
-        if not len(slices) or max(factors) <= 1:
+    def __call__(self, measured: Tensor, factors: Sequence[float], result: Tensor | None = None) -> Recognized | None:
+        """How the refined axes of a scan were sampled.
+
+        The evidence of the slices is added with less than its weight, because neighbours repeat each other.
+
+        Args:
+            measured: slices (n, h, w), on the scale of the intensities.
+            factors: of the rows and of the columns.
+            result: the network's result (n, H, W). The less it agrees with the samples if a kind is assumed, the less likely is the kind.
+
+        Returns:
+            ``None`` if there is no anatomy, or no refined axis.
+        """
+        filled = ((measured > 0.05).float().mean((1, 2)) > FILLED).nonzero().flatten()
+        if not len(filled) or max(factors) <= 1:
             return None
-        slices = slices[torch.linspace(0, len(slices) - 1, min(len(slices), SLICES)).round().long()]
+        filled = filled[torch.linspace(0, len(filled) - 1, min(len(filled), SLICES)).round().long()]
+        slices = measured[filled].float().cpu()
         inputs = []
         for axis, factor in enumerate(factors):
             if factor > 1:
@@ -135,6 +147,9 @@ class Recognition:
         with torch.inference_mode():
             output = self.network(torch.stack(inputs))
         evidence = output[:, :-1].log_softmax(1).mean(0) * math.sqrt(len(inputs))
+        if result is not None:
+            residuals = _residuals(slices, result[filled].float().cpu(), factors)
+            evidence = evidence - AGREEMENT * (residuals / residuals.min()).log()
         chances = evidence.masked_fill(~self.possible, -math.inf).softmax(0)
         noise = max(0.0, float(output[:, -1].mean())) * NOISE_UNIT
         gaussian = chances[-len(GAUSSIAN) :]
@@ -173,7 +188,7 @@ class Correction:
             matrices.append(_decomposed(side, replace(recognized.sampling, factor=float(factor)), round(coverage, 3)))
         (self.rows, u, d, v), (self.columns, u2, d2, v2) = matrices
         gain = d[:, None] * d2
-        weight = SMALLEST + (recognized.noise / NOISE_UNIT) ** 2
+        weight = SMALLEST + (recognized.noise / EQUAL) ** 2
         weight += (1 - recognized.probability) / recognized.probability
         gain = gain / (gain.square() + weight / math.prod(factors))
         self.parts = [part.to(measured) for part in (u, u2, v, v2, gain, self.rows, self.columns)]
@@ -198,14 +213,28 @@ class RecognitionLoss(nn.Module):
         return kinds + self.noise_weight * F.l1_loss(prediction[:, -1].float(), target[:, 1] / NOISE_UNIT)
 
 
+def _residuals(measured: Tensor, result: Tensor, factors: Sequence[float]) -> Tensor:
+    """Root mean square, for each kind, of what differs between the samples (n, h, w) and those that it would take of a result (n, H, W)."""
+    errors = []
+    for kind in KINDS:
+        rows, columns = (_matrix(n, replace(kind, factor=float(f))).float() for n, f in zip(result.shape[1:], factors))
+        errors.append((measured - rows @ result @ columns.T).square().mean().sqrt())
+    return torch.stack(errors) + 1e-6
+
+
+def _matrix(size: int, sampling: Sampling, coverage: float = 1.0) -> Tensor:
+    """Matrix (n, size) of the sampling of an axis."""
+    if sampling.factor == 1:
+        return torch.eye(size, dtype=torch.float64)
+    matrix = sampling_matrix(size, sampling).double()
+    if coverage < 1 or sampling.window != "none":
+        matrix = kspace_filter(len(matrix), coverage, sampling.window).double() @ matrix
+    return matrix
+
+
 @functools.lru_cache(maxsize=8)
 def _decomposed(size: int, sampling: Sampling, coverage: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Matrix (n, size) of the sampling of an axis, and its singular value decomposition."""
-    if sampling.factor == 1:
-        matrix = torch.eye(size, dtype=torch.float64)
-    else:
-        matrix = sampling_matrix(size, sampling).double()
-        if coverage < 1 or sampling.window != "none":
-            matrix = kspace_filter(len(matrix), coverage, sampling.window).double() @ matrix
+    matrix = _matrix(size, sampling, coverage)
     values: Any = torch.linalg.svd(matrix, full_matrices=False)
     return matrix, *values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -128,7 +128,6 @@ class ForegroundInferer(SliceInferer):
         every = slice(0, sides[0]), slice(0, sides[1])
         factors = self._factors(inputs)[0] if self.denoise < 1 else ()
         outputs = torch.cat([inputs, torch.zeros_like(inputs)], 1) if uncertain else inputs.clone()
-        correction = self._correction(outputs, measured) if self.recognition else None
         # plain tensors: metadata would be copied with every part
         inputs, target = torch.as_tensor(inputs).as_subclass(Tensor), torch.as_tensor(outputs).as_subclass(Tensor)
 
@@ -136,21 +135,23 @@ class ForegroundInferer(SliceInferer):
             across = [slice(None), slice(None), rows, columns]
             return [*across[:axis], slice(n, n + 1), *across[axis:]]
 
+        computed = []
         for n in tqdm(range(inputs.shape[axis]), unit="slice", disable=not self.show_slices):
             box = foreground_box(inputs.select(axis, n), self.threshold, self.margin) if self.skip_background else every
             if box is None:
                 continue
+            computed.append(n)
             whole = add_excess(inputs.narrow(axis, n, 1))
             for kept, rows, columns in bands(box, self.margin, MAX_PIXELS) if self.skip_background else [(box[0], *box)]:
                 part = add_conditions(whole[*window(0, rows, columns)], rows, columns)
                 result: Any = super().__call__(part, network, *args, **kwargs)
                 target[*window(n, kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
-            if correction is not None:
-                target[:, :1].select(axis, n).copy_(correction(target[:, :1].select(axis, n), n))
-            if self.denoise < 1:
-                before, after = (v[:, :1].narrow(axis, n, 1).movedim(axis, 0) for v in (inputs, target))
-                mixed = with_measured_kspace(after, before, factors, 1 - self.denoise, self.interpolation)
-                target[:, :1][*window(n, *every)] = mixed.movedim(0, axis)
+        if self.recognition:
+            self._correct(outputs, measured, computed)
+        for n in computed if self.denoise < 1 else ():
+            before, after = (v[:, :1].narrow(axis, n, 1).movedim(axis, 0) for v in (inputs, target))
+            mixed = with_measured_kspace(after, before, factors, 1 - self.denoise, self.interpolation)
+            target[:, :1][*window(n, *every)] = mixed.movedim(0, axis)
         if uncertain and facts and self.denoise < 1:
             target[:, 1:] = target[:, 1:].square().add_(((1 - self.denoise) * facts[1]) ** 2).sqrt_()
         release_freed_memory()
@@ -169,16 +170,20 @@ class ForegroundInferer(SliceInferer):
         noise, spectrum = spectral_facts(measured[:, 0, 0])
         return [width if thick else 0.0 for thick in across], noise if self.noise is None else self.noise, spectrum
 
-    def _correction(self, outputs: Tensor, measured: Tensor) -> Correction | None:
-        """Correction of the slices, if their acquisition is recognised; notes it in the metadata of ``outputs``."""
+    def _correct(self, outputs: Tensor, measured: Tensor, computed: Sequence[int]) -> None:
+        """Correct the computed slices of ``outputs`` in place, if their acquisition is recognised, and note it in the metadata."""
         factors, across = self._factors(outputs)
-        recognized = None if any(across) else self.recognition(measured[:, 0, 0], factors)  # type: ignore[misc]
+        planes = torch.as_tensor(outputs).as_subclass(Tensor).movedim(self.spatial_dim + 2, 0)[:, :, :1]  # a view
+        if any(across) or not computed:
+            return
+        recognized = self.recognition(measured[computed, 0, 0], factors, planes[computed, 0, 0])  # type: ignore[misc]
         if recognized is None:
-            return None
+            return
         recognized = recognized if self.noise is None else replace(recognized, noise=self.noise)
         outputs.meta["recognized"] = recognized  # type: ignore[attr-defined]
-        sides = [side for n, side in enumerate(outputs.shape[2:]) if n != self.spatial_dim]
-        return Correction(measured, sides, factors, recognized)
+        correction = Correction(measured, planes.shape[-2:], factors, recognized)
+        for n in computed:
+            planes[n] = correction(planes[n], n)
 
     def _with_conditions(self, inputs: Tensor, facts: tuple[list[float], float, Tensor] | None) -> Callable[[Tensor, slice, slice], Tensor]:
         """A function that adds the condition maps, as channels, to a part of a slice."""

@@ -42,6 +42,8 @@ SLICES = 16  # of a scan that it sees, at most
 NOISE_UNIT = 0.02  # of the classifier's output
 EQUAL = 0.018  # noise as large as the usual error of the network: both then count alike; chosen on validation volumes
 SMALLEST = 0.03  # w without noise: samples are rounded, and the model of the sampling is not exact
+SCANNER = 1.0  # natural logarithm of how much likelier k-space truncation is than another kind: scanners do it
+DOUBT = 2.0  # part of w if the kind is as likely wrong as right
 AGREEMENT = 4.0  # exponent of the disagreement of a result with the samples, as evidence against a kind; chosen on validation volumes
 FILLED = 0.03  # part of a slice that must be anatomy
 
@@ -150,6 +152,7 @@ class Recognition:
         if result is not None:
             residuals = _residuals(slices, result[filled].float().cpu(), factors)
             evidence = evidence - AGREEMENT * (residuals / residuals.min()).log()
+        evidence[0] += SCANNER
         chances = evidence.masked_fill(~self.possible, -math.inf).softmax(0)
         noise = max(0.0, float(output[:, -1].mean())) * NOISE_UNIT
         gaussian = chances[-len(GAUSSIAN) :]
@@ -189,7 +192,7 @@ class Correction:
         (self.rows, u, d, v), (self.columns, u2, d2, v2) = matrices
         gain = d[:, None] * d2
         weight = SMALLEST + (recognized.noise / EQUAL) ** 2
-        weight += (1 - recognized.probability) / recognized.probability
+        weight += DOUBT * (1 - recognized.probability) / recognized.probability
         gain = gain / (gain.square() + weight / math.prod(factors))
         self.parts = [part.to(measured) for part in (u, u2, v, v2, gain, self.rows, self.columns)]
 

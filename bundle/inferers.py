@@ -118,7 +118,7 @@ class ForegroundInferer(SliceInferer):
             every_pixel = super().__call__(inputs, network, *args, **kwargs)
             release_freed_memory()
             return every_pixel
-        measured = self._measured(inputs) if self.facts or self.recognition else None
+        measured = self._measured(inputs) if self.facts or self.recognition else inputs
         facts = self._facts(inputs, measured) if self.facts else None
         add_conditions = self._with_conditions(inputs, facts) if self.positions else lambda part, rows, columns: part
         add_excess = self._with_excess(inputs) if self.facts else lambda part: part

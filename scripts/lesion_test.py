@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 import bundle
 from bundle.acquisition import Acquisition, Sampling
+from bundle.checkpoints import load_weights
 from bundle.errors import InputError, reason
 from bundle.figures import Panel, save_panels
 from bundle.files import write_atomically, write_json
@@ -96,7 +97,10 @@ def main() -> None:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("output/lesions"), help="folder for the results")
     parser.add_argument(
-        "--overlay", nargs="*", default=["general"], metavar="CONFIG", help="configs added to configs/inference.json: names or files"
+        "--overlay",
+        nargs="*",
+        metavar="CONFIG",
+        help="configs added to configs/inference.json: names or files (default: isotropic for slices)",
     )
     parser.add_argument("--checkpoint", help="weights (default: those of the overlay)")
     parser.add_argument("--scans", nargs="+", default=list(SCANS), choices=list(SCANS), metavar="SCAN", help="rows of the tables")
@@ -122,20 +126,29 @@ class LesionTest:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
-        self.config = ConfigParser()
-        overlays = [name if Path(name).exists() else CONFIGS / f"{name}.json" for name in given.overlay]
-        self.config.read_config([str(CONFIGS / "inference.json"), *map(str, overlays)])
-        self.config.read_meta(str(CONFIGS / "metadata.json"))
-        self.config.update({"checkpoint": given.checkpoint} if given.checkpoint else {})
-        self.device = self.config.get_parsed_content("compute_device")
-        self.network = self.config.get_parsed_content("network").eval()
-        if self.config.get_parsed_content("load_weights"):
-            state = torch.load(self.config.get_parsed_content("checkpoint"), map_location=self.device, weights_only=True)
-            self.network.load_state_dict(state)
-        self.load, self.scale = (self.config.get_parsed_content(key) for key in ("load", "scale_intensity"))
+        kinds = {SCANS[title].thick for title in given.scans}
+        self.configs = {thick: self.read_config(thick) for thick in kinds}
+        any_config = next(iter(self.configs.values()))
+        self.load, self.scale, self.device = (any_config.get_parsed_content(key) for key in ("load", "scale_intensity", "compute_device"))
+        self.networks = {thick: self.read_network(config) for thick, config in self.configs.items()}
         self.lesions: list[dict[str, Any]] = []
         self.inventions: list[dict[str, Any]] = []
         self.pictures: dict[str, dict[float, list[np.ndarray]]] = {}
+
+    def read_config(self, thick: bool) -> ConfigParser:
+        names = (["isotropic"] if thick else []) if self.given.overlay is None else self.given.overlay
+        overlays = [name if Path(name).exists() else CONFIGS / f"{name}.json" for name in names]
+        config = ConfigParser()
+        config.read_config([str(CONFIGS / "inference.json"), *map(str, overlays)])
+        config.read_meta(str(CONFIGS / "metadata.json"))
+        config.update({"checkpoint": self.given.checkpoint} if self.given.checkpoint else {})
+        return config
+
+    def read_network(self, config: ConfigParser) -> torch.nn.Module:
+        network = config.get_parsed_content("network").eval()
+        if config.get_parsed_content("load_weights"):
+            load_weights(network, config.get_parsed_content("checkpoint"))
+        return network
 
     def measure(self, volume: str) -> None:
         """Measure one volume with all scans."""
@@ -181,23 +194,23 @@ class LesionTest:
             slices = truth.movedim(2, 0).contiguous()
             axis = Sampling(factors[0], scan.profile)
             measured = Acquisition((axis, axis), scan.noise, step=STEP)(slices, random)
-            mode = self.config.get_parsed_content("interpolation")
+            mode = self.configs[False].get_parsed_content("interpolation")
             ways = (enlarge(measured, factors, slices.shape[1:], way) for way in ("spline", "kspace", mode))
             spline, filled, interpolated = (way.movedim(0, -1) for way in ways)
         network = self.applied(interpolated, scan, factors)
         return {"spline": spline.numpy(), "zero-filled": filled.numpy(), "network": network.numpy()}
 
     def applied(self, volume: Tensor, scan: Scan, factors: Sequence[float]) -> Tensor:
-        names = ("positions", "facts", "interpolation")
-        options = {name: self.config.get_parsed_content(name) for name in names}
+        config, names = self.configs[scan.thick], ("positions", "facts", "interpolation")
+        options = {name: config.get_parsed_content(name) for name in names}
         inferer: Any = (
             OrthogonalSlices(**options)
             if scan.thick
-            else ForegroundInferer(roi_size=(-1, -1), spatial_dim=2, recognition=self.config.get_parsed_content("recognition"), **options)
+            else ForegroundInferer(roi_size=(-1, -1), spatial_dim=2, recognition=config.get_parsed_content("recognition"), **options)
         )
         meta = {"factor": list(factors), **({"slice_width": 1.0} if scan.thick else {})}
         with torch.no_grad():
-            result = inferer(MetaTensor(volume[None, None], meta=meta).to(self.device), self.network)
+            result = inferer(MetaTensor(volume[None, None], meta=meta).to(self.device), self.networks[scan.thick])
         return torch.as_tensor(result).as_subclass(Tensor)[0, 0].cpu()
 
     def note_lesions(

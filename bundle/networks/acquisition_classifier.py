@@ -33,6 +33,7 @@ class AcquisitionClassifier(nn.Module):
             nn.Linear(2 * widths[-1] + spectrum + 2, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, kinds + 1)
         )
         self.size = size
+        self.window: Tensor
         window = torch.hann_window(size + 2, periodic=False)[1:-1]
         self.register_buffer("window", window[:, None] * window, persistent=False)
 

@@ -2,7 +2,7 @@
 
 A slab of each high-resolution volume is made cubic, acquired in thick slices in a simulation, and written as a NIfTI volume. Every method
 reads that file and writes another one, as a user runs it. The results are compared with the slab. Writes peers.json and peers.md into the
-output folder after each row; rows of earlier runs stay.
+output folder after each row; rows of earlier runs stay. Run one at a time: two would overwrite each other's rows.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def compare(volume: str, given: argparse.Namespace) -> None:
         seconds, processor = time.perf_counter() - started, processor_time() - used
         result, moved = on_grid_of(scan.truth, nib.load(path), path)
         prediction, truth = (torch.from_numpy(v / np.float32(UNIT))[None] for v in (result, scan.truth.get_fdata(dtype=np.float32)))
-        rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}  # now, because another run may have added some
+        rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         rows.setdefault(title, {})[method] = {
             "psnr": round(volume_psnr(prediction, truth, foreground=True), 3),
             "ssim": round(volume_ssim(prediction, truth), 4),

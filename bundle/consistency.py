@@ -83,18 +83,13 @@ class Recognized:
         names = {"kspace": "k-space truncation", "gaussian": f"Gaussian point spread, {self.sampling.width:.2f} pixels wide"}
         name = names.get(self.sampling.profile, self.sampling.profile)
         window = "" if self.sampling.window == "none" else f" with a {self.sampling.window.capitalize()} window"
-        return f"acquired by {name}{window} (probability {self.probability:.2f}), noise {100 * self.noise:.1f} %"
+        return f"{name}{window} (probability {self.probability:.2f}), noise {100 * self.noise:.1f} %"
 
     def facts(self) -> dict[str, Any]:
-        """For the report of a result."""
+        """For the metadata of a result: values that MONAI can take apart, and a text."""
         s = self.sampling
-        return {
-            "profile": s.profile,
-            "width": s.width,
-            "window": s.window,
-            "probability": round(self.probability, 3),
-            "noise": round(self.noise, 5),
-        }
+        values = {"profile": s.profile, "width": s.width, "window": s.window}
+        return {"text": str(self), **values, "probability": round(self.probability, 3), "noise": round(self.noise, 5)}
 
 
 class Recognition:

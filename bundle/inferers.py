@@ -180,7 +180,7 @@ class ForegroundInferer(SliceInferer):
         if recognized is None:
             return
         recognized = recognized if self.noise is None else replace(recognized, noise=self.noise)
-        outputs.meta["recognized"] = recognized  # type: ignore[attr-defined]
+        outputs.meta["recognized"] = recognized.facts()  # type: ignore[attr-defined]
         correction = Correction(measured, planes.shape[-2:], factors, recognized)
         for n in computed:
             planes[n] = correction(planes[n], n)

@@ -325,7 +325,7 @@ class Consistencyd(MapTransform):
         logger.info("%s: after a simulated acquisition (%s), the result agrees with the input to %.2f dB", name, fitting, values["result"])
         recognized = data[self.keys[-1]].meta.get("recognized")
         if recognized is not None:
-            logger.info("%s: %s", name, recognized)
+            logger.info("%s: acquired by %s", name, recognized["text"])
         return {**data, "consistency": values, "acquisition": fitting, "recognized": recognized}
 
 
@@ -484,7 +484,7 @@ class SaveReportd(MapTransform):
             "factor": [float(f) for f in image.meta["factor"]],
             "consistency_db": data["consistency"],
             "fitting_acquisition": data["acquisition"],
-            "recognized_acquisition": data["recognized"].facts() if data["recognized"] else None,
+            "recognized_acquisition": data["recognized"],
             **{key: value for key, value in data["report"].items() if key != "warnings"},
             **self.results.bids_facts(volume),
             "settings": self.results.settings,

@@ -95,6 +95,7 @@ def test_what_was_recognised_corrects_the_result_and_is_reported(infer, tmp_path
     ]
     assert errors[1] < 0.3 * errors[0]
     report = json.loads((tmp_path / "out" / "scan_sr.json").read_text())
+    assert report["recognized_acquisition"].pop("text").startswith("k-space truncation")
     assert report["recognized_acquisition"].pop("window") in ("none", "hamming", "tukey")
     assert report["recognized_acquisition"] == {"profile": "kspace", "width": 1.0, "probability": pytest.approx(1, abs=0.9), "noise": 0}
     assert len(report["settings"]["recognition"]) == 64

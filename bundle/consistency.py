@@ -6,7 +6,7 @@ sampling S is known, the measured samples y correct the result x:
     x + S^T (S S^T + w)^-1 (y - S x)
 
 which is the most probable image if the errors of x are white and y has white noise; w is the ratio of their variances. It changes only what
-the acquisition passed: detail beyond it stays that of the network.
+the acquisition passed: detail beyond it stays that of the network. The air around the head keeps the network's result too.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ SMALLEST = 0.03  # w without noise: samples are rounded, and the model of the sa
 SCANNER = 1.0  # natural logarithm of how much likelier k-space truncation is than another kind: scanners do it
 DOUBT = 2.0  # part of w if the kind is as likely wrong as right
 AGREEMENT = 4.0  # exponent of the disagreement of a result with the samples, as evidence against a kind; chosen on validation volumes
+AIR = (0.02, 0.06)  # mean intensity over 5 x 5 pixels: below the first is air, above the second is none
 FILLED = 0.03  # part of a slice that must be anatomy
 
 
@@ -195,7 +196,15 @@ class Correction:
         """Corrected slice ``n``, (..., H, W) to the same shape."""
         u, u2, v, v2, gain, rows, columns = self.parts
         missing = self.measured[n] - rows @ result @ columns.T
-        return result + v.T @ ((u.T @ missing @ u2) * gain) @ v2
+        return result + inside(result) * (v.T @ ((u.T @ missing @ u2) * gain) @ v2)
+
+
+def inside(result: Tensor) -> Tensor:
+    """Weights of slices (..., H, W): 1 in the head, 0 in the air, with a smooth border. In the air the magnitude of the noise is measured,
+    which the formula above does not model."""
+    means = F.avg_pool2d(result.abs().reshape(-1, 1, *result.shape[-2:]), 5, 1, 2, count_include_pad=False).view(result.shape)
+    low, high = AIR
+    return ((means - low) / (high - low)).clamp(0, 1)
 
 
 class RecognitionLoss(nn.Module):

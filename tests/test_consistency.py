@@ -70,13 +70,23 @@ def test_the_truth_is_not_changed():
 
 
 def test_less_is_corrected_if_the_kind_is_doubtful_or_the_scan_noisy():
-    result, scan = torch.zeros(20, 20), torch.ones(1, 10, 10)
+    result, scan = torch.full((20, 20), 0.2), torch.full((1, 10, 10), 1.2)
     steps = [
-        float(Correction(scan, (20, 20), (2, 2), Recognized(KINDS[0], p, noise))(result, 0).mean())
+        float(Correction(scan, (20, 20), (2, 2), Recognized(KINDS[0], p, noise))(result, 0).mean()) - 0.2
         for p, noise in ((1.0, 0.0), (0.6, 0.0), (0.6, 0.05), (0.01, 0.05))
     ]
     assert 1 > steps[0] > 0.9
     assert steps == sorted(steps, reverse=True) and steps[-1] < 0.05
+
+
+def test_the_air_keeps_the_result_of_the_network():
+    truth = torch.zeros(48, 48)
+    truth[12:36, 12:36] = 0.8
+    axes = [Sampling(2)] * 2
+    scan = Acquisition(axes, noise=0.02)(truth, np.random.default_rng(0))
+    corrected = Correction(scan[None], truth.shape, (2, 2), Recognized(KINDS[0], 1.0, 0.02))(truth, 0)
+    assert not corrected[:8].any() and not corrected[:, -8:].any()
+    assert float((corrected - truth)[16:32, 16:32].abs().mean()) > 1e-3
 
 
 def test_every_acquisition_has_a_kind():

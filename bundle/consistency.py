@@ -45,7 +45,7 @@ SMALLEST = 0.03  # w without noise: samples are rounded, and the model of the sa
 SCANNER = 1.0  # natural logarithm of how much likelier k-space truncation is than another kind: scanners do it
 DOUBT = 2.0  # part of w if the kind is as likely wrong as right
 AGREEMENT = 4.0  # exponent of the disagreement of a result with the samples, as evidence against a kind; chosen on validation volumes
-AIR = (0.02, 0.06)  # mean intensity over 5 x 5 pixels: below the first is air, above the second is none
+AIR = (0.01, 0.03)  # mean intensity over 5 x 5 pixels: below the first is air, above the second is none
 FILLED = 0.03  # part of a slice that must be anatomy
 
 

@@ -41,7 +41,8 @@ def exported(tmp_path_factory) -> Path:
     for name in ("bundle", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "models").mkdir()
-    shutil.copy(ROOT / "models" / "model.pt", folder / "models")
+    for name in ("model.pt", "acquisition.pt"):
+        shutil.copy(ROOT / "models" / name, folder / "models")
     toy.write_nifti(folder / "scan.nii.gz", toy.head((13, 10, 2)))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}

@@ -138,9 +138,7 @@ class Recognition:
             if factor > 1:
                 along = [1 / factor, 1 / factors[1 - axis]]
                 for image in slices if axis == 0 else slices.mT:
-                    places = [sorted({0, max(0, side - SIZE) // 2, max(0, side - SIZE)}) for side in image.shape]
-                    middle = [place[len(place) // 2] for place in places]
-                    image = window_of(image, *middle)
+                    image = window_of(image, *(max(0, side - SIZE) // 2 for side in image.shape))
                     inputs.append(torch.stack([image, *(torch.full_like(image, value) for value in along)]))
         with torch.inference_mode():
             output = self.network(torch.stack(inputs))
@@ -183,7 +181,7 @@ class Correction:
         for axis, (side, factor) in enumerate(zip(size, factors)):
             coverage = 1.0
             if recognized.sampling.profile == "kspace" and factor > 1:
-                coverage = acquired_fraction(measured, axis - 2)
+                coverage = acquired_fraction(measured.cpu(), axis - 2)
             matrices.append(_decomposed(side, replace(recognized.sampling, factor=float(factor)), round(coverage, 3)))
         (self.rows, u, d, v), (self.columns, u2, d2, v2) = matrices
         gain = d[:, None] * d2

@@ -160,7 +160,9 @@ class ForegroundInferer(SliceInferer):
     def _measured(self, inputs: Tensor) -> Tensor:
         """Measured samples of all slices, (slices, N, 1, h, w)."""
         planes = inputs.as_subclass(Tensor).movedim(self.spatial_dim + 2, 0)
-        return measured_samples(planes, self._factors(inputs)[0], self.interpolation)
+        factors = self._factors(inputs)[0]
+        # slice by slice: intermediate results for the whole volume would take half of its memory
+        return torch.stack([measured_samples(plane, factors, self.interpolation) for plane in planes])
 
     def _facts(self, inputs: Tensor, measured: Tensor) -> tuple[list[float], float, Tensor]:
         """Widths of the slice profile, noise and spectrum, those of the first volume: see :func:`bundle.conditions.conditions`."""

@@ -157,6 +157,7 @@ def measure_acquisitions(
 def _report_uncertainty(
     head: Head, cells: dict[str, dict[str, Cell]], names: list[str], calibrate: bool, subject_pattern: str | None, folder: Path
 ) -> None:
+    names = [name for name in names if any(name in volumes for volumes in cells.values())]
     calibrations = dict.fromkeys(names, head.calibration)
     if calibrate:
         persons = by_subject(names, subject_pattern)

@@ -22,7 +22,7 @@ START = -4.0  # natural logarithm of the first standard deviation
 
 class Calibration(NamedTuple):
     """Calibration of standard deviations: ``factor * LEVEL * (deviation / LEVEL) ** exponent``. An exponent below 1 brings them closer to
-    each other: on persons whom the head does not know it is surer of its differences than it should be."""
+    each other, one above 1 further apart."""
 
     factor: float = 1.0
     exponent: float = 1.0

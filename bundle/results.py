@@ -47,7 +47,7 @@ ACQUISITION = (
     *("SequenceName", "EchoTime", "EchoTime1", "EchoTime2", "RepetitionTime", "InversionTime", "FlipAngle", "ContrastBolusIngredient"),
     *("PhaseEncodingDirection", "TotalReadoutTime", "SpatialReference"),
 )
-BIDS_IGNORED = "*.png\n*.html\nfailed.csv\n*_sr.*\n*_sr_dicom/\n"  # pictures, reports, and results of volumes without a BIDS name
+BIDS_IGNORED = "*.png\n*.html\nfailed.csv\n*_sr.*\n*_sd.nii.gz\n*_sr_dicom/\n"  # pictures, reports, results of volumes without a BIDS name
 BIDS_README = """# Super-resolved MRI
 
 `brain_mri_super_resolution` {version} made these volumes. Each `*_desc-sr_*.nii.gz` is a scan on a finer grid; its `.json` file names the

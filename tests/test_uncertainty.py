@@ -2,6 +2,7 @@
 
 import json
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import monai.bundle
@@ -276,7 +277,12 @@ class TestInference:
     def test_bids(self, infer, tmp_path):
         scan_at(tmp_path / "raw" / "sub-01" / "anat" / "sub-01_desc-x_T1w.nii.gz")
         (tmp_path / "raw" / "dataset_description.json").write_text('{"Name": "raw", "BIDSVersion": "1.10.0"}')
-        out = infer(tmp_path / "raw", bids=True) / "sub-01" / "anat"
+        scan_at(tmp_path / "raw" / "plain.nii.gz")
+        top = infer(tmp_path / "raw", bids=True)
+        ignored = (top / ".bidsignore").read_text().split()
+        maps = [path.name for path in top.rglob("*plain*_sd.nii.gz")]
+        assert maps and all(any(fnmatch(name, pattern) for pattern in ignored) for name in maps)  # no names of BIDS
+        out = top / "sub-01" / "anat"
         (deviation,) = out.glob("*sd_T1w.nii.gz")
         sidecar = json.loads(deviation.with_name(deviation.name.replace(".nii.gz", ".json")).read_text())
         assert "standard deviation" in sidecar["Description"]

@@ -120,10 +120,8 @@ def measure_acquisitions(
 
     table: dict[str, dict[str, dict[str, float]]] = {}
     cells: dict[str, dict[str, Cell]] = {}
-    names = []
     for item in tqdm(volumes, unit="volume"):
         image = item["image"]
-        names.append(name_of(image))
         truth = cut_to_acquired(image.as_tensor()[0], (0, 1))
         chosen = _evenly(truth, slices)
         for factor in factors:
@@ -149,15 +147,13 @@ def measure_acquisitions(
         write_json(Path(output_dir) / "acquisitions.json", {"rows": table})
         write_atomically(Path(output_dir) / "acquisitions.md", lambda path: path.write_text(_markdown(table), encoding="utf-8"))
     if head is not None:
-        _report_uncertainty(head, cells, names, calibrate, subject_pattern, Path(output_dir))
+        _report_uncertainty(head, cells, calibrate, subject_pattern, Path(output_dir))
     logger.info("gain over the better interpolation, mean and worst volume:\n%s", _markdown(table))
     return table
 
 
-def _report_uncertainty(
-    head: Head, cells: dict[str, dict[str, Cell]], names: list[str], calibrate: bool, subject_pattern: str | None, folder: Path
-) -> None:
-    names = [name for name in names if any(name in volumes for volumes in cells.values())]
+def _report_uncertainty(head: Head, cells: dict[str, dict[str, Cell]], calibrate: bool, subject_pattern: str | None, folder: Path) -> None:
+    names = list(dict.fromkeys(name for volumes in cells.values() for name in volumes))
     calibrations = dict.fromkeys(names, head.calibration)
     if calibrate:
         persons = by_subject(names, subject_pattern)

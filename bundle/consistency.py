@@ -42,10 +42,10 @@ SLICES = 16  # of a scan that it sees, at most
 NOISE_UNIT = 0.02  # of the classifier's output
 EQUAL = 0.018  # noise as large as the usual error of the network: both then count alike; chosen on validation volumes
 SMALLEST = 0.03  # w without noise: samples are rounded, and the model of the sampling is not exact
-SCANNER = 1.0  # natural logarithm of how much likelier k-space truncation is than another kind: scanners do it
+SCANNER = 1.0  # logarithm of the prior odds of k-space truncation against any other kind, because scanners truncate
 DOUBT = 2.0  # part of w if the kind is as likely wrong as right
 AGREEMENT = 4.0  # exponent of the disagreement of a result with the samples, as evidence against a kind; chosen on validation volumes
-AIR = (0.01, 0.03)  # mean intensity over 5 x 5 pixels: below the first is air, above the second is none
+AIR = (0.01, 0.03)  # mean intensities of 5 x 5 pixels: air up to the first, head from the second
 FILLED = 0.03  # part of a slice that must be anatomy
 
 
@@ -118,7 +118,7 @@ class Recognition:
     def __call__(self, measured: Tensor, factors: Sequence[float], result: Tensor | None = None) -> Recognized | None:
         """How the refined axes of a scan were sampled.
 
-        The evidence of the slices is added with less than its weight, because neighbours repeat each other.
+        Slices count for less than independent evidence, because neighbours resemble each other.
 
         Args:
             measured: slices (n, h, w), on the scale of the intensities.
@@ -160,8 +160,8 @@ class Recognition:
 
 
 def recognition(acquisition: str, checkpoint: str | Path, facts: bool = True) -> Recognition | None:
-    """:class:`Recognition` for the option ``acquisition``; ``None`` for ``"unknown"``, and for networks without facts, whose results are
-    those of their publications."""
+    """:class:`Recognition` for the option ``acquisition``; ``None`` for ``"unknown"``, and for networks without facts, whose results stay
+    as published."""
     return Recognition(checkpoint, acquisition) if facts and acquisition != "unknown" else None
 
 
@@ -198,8 +198,8 @@ class Correction:
 
 
 def inside(result: Tensor) -> Tensor:
-    """Weights of slices (..., H, W): 1 in the head, 0 in the air, with a smooth border. In the air the magnitude of the noise is measured,
-    which the formula above does not model."""
+    """Weights of slices (..., H, W): 1 in the head, 0 in the air, with a smooth border. The magnitude of noise in the
+    air is not what the correction models."""
     means = F.avg_pool2d(result.abs().reshape(-1, 1, *result.shape[-2:]), 5, 1, 2, count_include_pad=False).view(result.shape)
     low, high = AIR
     return ((means - low) / (high - low)).clamp(0, 1)

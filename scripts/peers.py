@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,13 +77,18 @@ def main() -> None:
 def compare(volume: str, given: argparse.Namespace) -> None:
     """Measure every method on one volume, and write the tables after each."""
     scan = acquired(volume, given)
-    methods: dict[str, Callable[[Thick, Path], Path]] = {"cubic B-spline": spline, "zero-filling": zero_filled, "network": network}
+    methods: dict[str, tuple[str, Callable[[Thick, Path], Path]]] = {
+        "cubic B-spline": ("spline", spline),
+        "zero-filling": ("zero_filled", zero_filled),
+        "network": ("network", network),
+    }
     if given.eclare:
-        methods[f"ECLARE, {given.patches:,} patches"] = lambda scan, folder: eclare(scan, folder, given.eclare, given.patches)
+        apply_eclare = partial(eclare, command=given.eclare, patches=given.patches)
+        methods[f"ECLARE, {given.patches:,} patches"] = ("eclare", apply_eclare)
     title = f"{Path(volume).name.split('.')[0]}, {given.thickness:g} mm, {given.profile}"
     file = given.output_dir / "peers.json"
-    for method, apply in methods.items():
-        folder = scan.path.parent / apply.__name__.replace("<lambda>", "eclare")
+    for method, (name, apply) in methods.items():
+        folder = scan.path.parent / name
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
         folder.mkdir()
         started, used = time.perf_counter(), processor_time()

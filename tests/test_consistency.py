@@ -9,9 +9,9 @@ import pytest
 import torch
 import toy
 from monai.data import MetaTensor, decollate_batch
-from test_patches import volume
+from toy import volume
 
-from bundle.acquisition import Acquisition, Sampling, sampling_matrix
+from bundle.acquisition import Acquisition, Sampling, kspace_filter, sampling_matrix
 from bundle.consistency import EQUAL, KINDS, SMALLEST, Correction, Recognition, RecognitionLoss, Recognized, kind_of, recognition, window_of
 from bundle.errors import InputError
 from bundle.inferers import ForegroundInferer
@@ -44,8 +44,6 @@ def test_correction_is_the_regularised_solution(kind, noise):
     known = Recognized(KINDS[kind], 1.0, noise)
     rows, columns = (sampling_matrix(n, replace(KINDS[kind], factor=f)).double() for n, f in zip(size, factors))
     if KINDS[kind].window != "none":
-        from bundle.acquisition import kspace_filter
-
         rows, columns = (kspace_filter(len(m), 1.0, KINDS[kind].window).double() @ m for m in (rows, columns))
     result = torch.rand(size, generator=random, dtype=torch.float64)
     measured = torch.rand(len(rows), len(columns), generator=random, dtype=torch.float64)

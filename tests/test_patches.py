@@ -7,6 +7,7 @@ import pytest
 import torch
 import toy
 from monai.data import MetaTensor
+from toy import volume
 
 from bundle.acquisition import Acquisition, Sampling
 from bundle.acquisition_report import measure_acquisitions
@@ -18,13 +19,6 @@ from bundle.patches import AcquiredPatches, RandomAcquisition, RandomContrast
 from bundle.resampling import downsample, enlarge, refined_size
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-
-
-def volume(shape=(70, 64, 60), spacing=(1, 1, 1), name="a.nii.gz"):
-    image = MetaTensor(torch.from_numpy(toy.head(shape))[None].float(), affine=torch.diag(torch.tensor([*spacing, 1.0])))
-    image = image / image.max()
-    image.meta["filename_or_obj"] = name
-    return {"image": image}
 
 
 class Fixed:

@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import torch
+from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from PIL import Image
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
@@ -51,6 +52,14 @@ def head(shape: Sequence[int] = SHAPE, peak: float = 1000.0, seed: int = 0) -> n
     texture = 0.75 + 0.12 * np.sin(7 * x + phase[0]) + 0.08 * np.sin(5 * y + 2 * x + phase[1]) + 0.05 * np.sin(3 * z + phase[2])
     # the factor of x and y leaves no mirror symmetry
     return np.rint(peak * np.clip(1 - radius, 0, None) ** 0.75 * texture * (1 + 0.15 * x + 0.1 * y)).astype(np.float32)
+
+
+def volume(shape: Sequence[int] = (70, 64, 60), spacing: Sequence[float] = (1, 1, 1), name: str = "a.nii.gz") -> dict:
+    """A head as training loads it: (1, X, Y, Z), intensities from 0 to 1."""
+    image = MetaTensor(torch.from_numpy(head(shape))[None].float(), affine=torch.diag(torch.tensor([*spacing, 1.0])))
+    image = image / image.max()
+    image.meta["filename_or_obj"] = name
+    return {"image": image}
 
 
 def bicubic(volume: np.ndarray, factor: int) -> np.ndarray:

@@ -24,6 +24,8 @@ from .errors import InputError
 from .resampling import PIXEL_FRACTION, downsample
 
 __all__ = [
+    "FREQUENCIES",
+    "KINDS",
     "PROFILES",
     "WINDOWS",
     "Acquisition",
@@ -31,6 +33,7 @@ __all__ = [
     "acquired_fraction",
     "alternate_brightness",
     "cut_to_acquired",
+    "kind_of",
     "kspace_filter",
     "sampled",
     "sampling_matrix",
@@ -83,6 +86,26 @@ class Sampling:
     def count(self, size: int) -> int:
         """Samples that cover an axis of ``size`` high-resolution samples."""
         return max(1, math.ceil(size / self.factor - PIXEL_FRACTION))
+
+
+GAUSSIAN = (0.75, 0.85, 0.95, 1.05, 1.15, 1.25, 1.35)  # widths: centres of the kinds
+KINDS = (
+    *(Sampling(window=window) for window in WINDOWS),
+    Sampling(profile="bicubic"),
+    Sampling(profile="box"),
+    *(Sampling(profile="gaussian", width=width) for width in GAUSSIAN),
+)  # of sampling within the plane
+FREQUENCIES = (0.35, 0.075, 0.075, 0.16, 0.14, *len(GAUSSIAN) * (0.2 / len(GAUSSIAN),))  # of the kinds in training
+
+
+def kind_of(sampling: Sampling) -> int:
+    """Index into :data:`KINDS`; a Gaussian belongs to the kind of the nearest width."""
+    if sampling.profile == "gaussian":
+        return len(KINDS) - len(GAUSSIAN) + min(range(len(GAUSSIAN)), key=lambda n: abs(GAUSSIAN[n] - sampling.width))
+    for index, kind in enumerate(KINDS):
+        if (kind.profile, kind.window) == (sampling.profile, sampling.window):
+            return index
+    raise InputError(f"a sampling with the profile {sampling.profile!r} is not recognised within the plane")
 
 
 @dataclass(frozen=True)

@@ -123,16 +123,17 @@ def measure_acquisitions(
     for item in tqdm(volumes, unit="volume"):
         image = item["image"]
         truth = cut_to_acquired(image.as_tensor()[0], (0, 1))
-        chosen = _evenly(truth, slices)
+        groups = _evenly(truth, slices)
+        chosen = groups[1::3]  # each between its neighbours, which the network sees too
         for factor in factors:
             for title, (profile, width, noise) in IN_PLANE.items():
                 sampling = Sampling(float(factor), profile, width)
-                scan = Acquisition((sampling, sampling), noise, step=STEP)(chosen, np.random.default_rng(seed))
+                scan = Acquisition((sampling, sampling), noise, step=STEP)(groups, np.random.default_rng(seed))
                 size = chosen.shape[1:]
                 spline, filled = (enlarge(scan, (factor, factor), size, mode) for mode in ("spline", "kspace"))
                 given = spline if interpolation == "spline" else enlarge(scan, (factor, factor), size, interpolation)
-                result = apply(given.movedim(0, -1), {"factor": [factor, factor]}, noise).movedim(-1, 1)
-                note(f"x{factor:g}: {title}", name_of(image), chosen, result, {"spline": spline, "zero-filled": filled})
+                result = apply(given.movedim(0, -1), {"factor": [factor, factor]}, noise).movedim(-1, 1)[:, 1::3]
+                note(f"x{factor:g}: {title}", name_of(image), chosen, result, {"spline": spline[1::3], "zero-filled": filled[1::3]})
         for thickness in thicknesses:
             factor = round(thickness / float(image.pixdim[2]), 4)
             if factor < 3:
@@ -171,10 +172,12 @@ def _report_uncertainty(head: Head, cells: dict[str, dict[str, Cell]], calibrate
 
 
 def _evenly(volume: Tensor, count: int) -> Tensor:
-    """Evenly spaced axial slices with anatomy, (count, X, Y)."""
+    """Evenly spaced axial slices with anatomy, each between its neighbours: (3 * count, X, Y). At the end of the volume, a slice is its own
+    neighbour."""
     filled = ((volume > FOREGROUND).float().mean((0, 1)) > 0.05).nonzero().flatten()
-    places = np.linspace(0, len(filled) - 1, min(count, len(filled))).round().astype(int)
-    return volume[..., filled[places]].movedim(-1, 0).contiguous()
+    places = filled[np.linspace(0, len(filled) - 1, min(count, len(filled))).round().astype(int)]
+    groups = torch.stack([places - 1, places, places + 1], 1).clamp(0, volume.shape[2] - 1).flatten()
+    return volume[..., groups].movedim(-1, 0).contiguous()
 
 
 def _body(volume: Tensor) -> Tensor:

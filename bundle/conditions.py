@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .acquisition import KINDS
 from .resampling import PIXEL_FRACTION, downsample, enlarge
 
 __all__ = ["FACTS", "conditions", "measured_samples", "positions", "spectral_facts", "with_measured_kspace", "zero_filled_excess"]
@@ -23,7 +24,8 @@ BANDS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)  # borders, in Nyquist frequencie
 CORNER = 0.7  # Nyquist frequencies: if both frequencies are above, noise dominates anatomy
 SLICES = 32  # used for the facts, at most
 FOREGROUND = 0.05  # of the intensity scale
-FACTS = 3 + 2 * (len(BANDS) - 2)  # constant maps that conditions() adds
+SPECTRUM = 2 * (len(BANDS) - 2)  # numbers that describe it
+FACTS = 3 + SPECTRUM + len(KINDS)  # constant maps that conditions() adds
 
 
 def positions(factors: Sequence[float], rows: slice, columns: slice) -> Tensor:
@@ -47,7 +49,15 @@ def positions(factors: Sequence[float], rows: slice, columns: slice) -> Tensor:
     return torch.stack(maps).float()
 
 
-def conditions(factors: Sequence[float], rows: slice, columns: slice, widths: Sequence[float], noise: float, spectrum: Tensor) -> Tensor:
+def conditions(
+    factors: Sequence[float],
+    rows: slice,
+    columns: slice,
+    widths: Sequence[float],
+    noise: float,
+    spectrum: Tensor,
+    kinds: Tensor | None = None,
+) -> Tensor:
     """Condition maps of the general network for a slice.
 
     Args:
@@ -55,13 +65,16 @@ def conditions(factors: Sequence[float], rows: slice, columns: slice, widths: Se
         widths: for the rows and the columns, slice thickness divided by slice distance; 0 if unknown or not across thick slices.
         noise: standard deviation, on the scale of the intensities.
         spectrum: (10,), see :func:`spectral_facts`.
+        kinds: (12,), the probabilities of the kinds of sampling (:data:`bundle.acquisition.KINDS`); ``None`` across thick slices, where
+            they are 0.
 
     Returns:
-        (6 + 13, H, W): :func:`positions`, then constant maps of both widths, of the noise in units of 0.02, and of the spectrum, all of
-        order 1.
+        (6 + 25, H, W): :func:`positions`, then constant maps of both widths, of the noise in units of 0.02, of the spectrum, and of the
+        probabilities, all of order 1.
     """
     maps = positions(factors, rows, columns)
-    facts = torch.cat([torch.tensor([*widths, noise / NOISE_UNIT]), spectrum.cpu()]).float()
+    kinds = torch.zeros(len(KINDS)) if kinds is None else kinds.cpu()
+    facts = torch.cat([torch.tensor([*widths, noise / NOISE_UNIT]), spectrum.cpu(), kinds]).float()
     return torch.cat([maps, facts[:, None, None].expand(FACTS, *maps.shape[1:])])
 
 
@@ -80,7 +93,7 @@ def spectral_facts(measured: Tensor) -> tuple[float, Tensor]:
     slices = torch.as_tensor(measured).reshape(-1, *measured.shape[-2:]).float()
     filled = (slices > FOREGROUND).float().mean((1, 2)) > 0.01
     if not filled.any():
-        return 0.0, torch.zeros(FACTS - 3)
+        return 0.0, torch.zeros(SPECTRUM)
     slices = slices[filled]
     slices = slices[torch.linspace(0, len(slices) - 1, min(len(slices), SLICES)).round().long()]
     windows = [torch.hann_window(side + 2, periodic=False)[1:-1].to(slices) for side in slices.shape[1:]]
@@ -89,7 +102,7 @@ def spectral_facts(measured: Tensor) -> tuple[float, Tensor]:
     frequencies = [2 * torch.fft.fftfreq(side).abs().to(slices) for side in slices.shape[1:]]
     corner = (frequencies[0][:, None] > CORNER) & (frequencies[1] > CORNER)
     if not corner.any():  # a few pixels
-        return 0.0, torch.zeros(FACTS - 3)
+        return 0.0, torch.zeros(SPECTRUM)
     covered = (window.square() * (slices > 0)).sum((1, 2))  # zeros in a file were cut off, and have no noise either
     noise = (power[:, corner].mean(1) / covered).sqrt().mean()
     facts = []

@@ -1,7 +1,7 @@
-"""Data consistency within the plane: recognise how a scan was sampled, and correct a result so that it agrees with the measured samples.
+"""Recognise how a scan was sampled within its plane, and correct a result so that it agrees with the measured samples.
 
 A network that does not know the acquisition answers with a compromise between those that fit, and smooths what was measured. Once the
-sampling S is known, the measured samples y correct the result x:
+sampling S is known, the network is told (:func:`bundle.conditions.conditions`), and the measured samples y correct its result x:
 
     x + S^T (S S^T + w)^-1 (y - S x)
 
@@ -22,21 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .acquisition import Sampling, acquired_fraction, kspace_filter, sampling_matrix
+from .acquisition import GAUSSIAN, KINDS, Sampling, acquired_fraction, kspace_filter, sampling_matrix
 from .checkpoints import load_weights
 from .errors import InputError
 from .files import sha256
 from .networks import AcquisitionClassifier
 
-__all__ = ["KINDS", "Correction", "Recognition", "RecognitionLoss", "Recognized", "kind_of", "recognition", "window_of"]
+__all__ = ["Correction", "Recognition", "RecognitionLoss", "Recognized", "recognition", "window_of"]
 
-GAUSSIAN = (0.75, 0.85, 0.95, 1.05, 1.15, 1.25, 1.35)  # widths: centres of the classes
-KINDS = (
-    *(Sampling(window=window) for window in ("none", "hamming", "tukey")),
-    Sampling(profile="bicubic"),
-    Sampling(profile="box"),
-    *(Sampling(profile="gaussian", width=width) for width in GAUSSIAN),
-)
 SIZE = 96  # side of the slices that the classifier sees
 SLICES = 16  # of a scan that it sees, at most
 NOISE_UNIT = 0.02  # of the classifier's output
@@ -47,16 +40,6 @@ DOUBT = 2.0  # part of w if the kind is as likely wrong as right
 AGREEMENT = 4.0  # exponent of the disagreement of a result with the samples, as evidence against a kind; chosen on validation volumes
 AIR = (0.01, 0.03)  # mean intensities of 5 x 5 pixels: air up to the first, head from the second
 FILLED = 0.03  # part of a slice that must be anatomy
-
-
-def kind_of(sampling: Sampling) -> int:
-    """Index into :data:`KINDS`; a Gaussian belongs to the class of the nearest width."""
-    if sampling.profile == "gaussian":
-        return len(KINDS) - len(GAUSSIAN) + min(range(len(GAUSSIAN)), key=lambda n: abs(GAUSSIAN[n] - sampling.width))
-    for index, kind in enumerate(KINDS):
-        if (kind.profile, kind.window) == (sampling.profile, sampling.window):
-            return index
-    raise InputError(f"a sampling with the profile {sampling.profile!r} is not recognised within the plane")
 
 
 def window_of(samples: Tensor, top: int = 0, left: int = 0) -> Tensor:
@@ -71,14 +54,31 @@ class Recognized:
     """How the refined axes of a scan were sampled.
 
     Args:
-        sampling: profile, width and window; its factor is 1.
-        probability: of this profile.
+        kinds: (12,), the probabilities of :data:`bundle.acquisition.KINDS`.
         noise: standard deviation that the acquisition added, on the scale of the intensities.
     """
 
-    sampling: Sampling
-    probability: float
+    kinds: Tensor
     noise: float
+
+    @functools.cached_property
+    def _profiles(self) -> Tensor:
+        """Probabilities of the profiles: all Gaussians count as one."""
+        return torch.cat([self.kinds[: -len(GAUSSIAN)], self.kinds[-len(GAUSSIAN) :].sum(0, keepdim=True)])
+
+    @property
+    def probability(self) -> float:
+        """That the profile is right."""
+        return float(self._profiles.max())
+
+    @functools.cached_property
+    def sampling(self) -> Sampling:
+        """The most probable profile, with its width and window; its factor is 1."""
+        sampling = KINDS[int(self._profiles.argmax())]
+        if sampling.profile != "gaussian":
+            return sampling
+        gaussian = self.kinds[-len(GAUSSIAN) :]
+        return replace(sampling, width=round(float((gaussian * torch.tensor(GAUSSIAN)).sum() / gaussian.sum()), 3))
 
     def __str__(self) -> str:
         names = {"kspace": "k-space truncation", "gaussian": f"Gaussian point spread, {self.sampling.width:.2f} pixels wide"}
@@ -115,24 +115,28 @@ class Recognition:
         load_weights(self.network, checkpoint)
         self.network.eval()
 
+    def chosen(self, measured: Tensor) -> list[int]:
+        """Indices of the slices (n, h, w) to look at: up to 16 with anatomy, evenly spaced."""
+        filled = ((measured > 0.05).float().mean((1, 2)) > FILLED).nonzero().flatten()
+        return filled[torch.linspace(0, len(filled) - 1, min(len(filled), SLICES)).round().long()].tolist()
+
     def __call__(self, measured: Tensor, factors: Sequence[float], result: Tensor | None = None) -> Recognized | None:
         """How the refined axes of a scan were sampled.
 
         Slices count for less than independent evidence, because neighbours resemble each other.
 
         Args:
-            measured: slices (n, h, w), on the scale of the intensities.
+            measured: the :meth:`chosen` slices (n, h, w), on the scale of the intensities.
             factors: of the rows and of the columns.
-            result: the network's result (n, H, W). The less it agrees with the samples if a kind is assumed, the less likely is the kind.
+            result: the result (n, H, W) of a network that does not know the kind. The less it agrees with the samples if a kind is assumed,
+                the less likely is the kind.
 
         Returns:
-            ``None`` if there is no anatomy, or no refined axis.
+            ``None`` if there is no slice, or no refined axis.
         """
-        filled = ((measured > 0.05).float().mean((1, 2)) > FILLED).nonzero().flatten()
-        if not len(filled) or max(factors) <= 1:
+        if not len(measured) or max(factors) <= 1:
             return None
-        filled = filled[torch.linspace(0, len(filled) - 1, min(len(filled), SLICES)).round().long()]
-        slices = measured[filled].float().cpu()
+        slices = measured.float().cpu()
         inputs = []
         for axis, factor in enumerate(factors):
             if factor > 1:
@@ -144,19 +148,11 @@ class Recognition:
             output = self.network(torch.stack(inputs))
         evidence = output[:, :-1].log_softmax(1).mean(0) * math.sqrt(len(inputs))
         if result is not None:
-            residuals = _residuals(slices, result[filled].float().cpu(), factors)
+            residuals = _residuals(slices, result.float().cpu(), factors)
             evidence = evidence - AGREEMENT * (residuals / residuals.min()).log()
         evidence[0] += SCANNER
-        chances = evidence.masked_fill(~self.possible, -math.inf).softmax(0)
-        noise = max(0.0, float(output[:, -1].mean())) * NOISE_UNIT
-        gaussian = chances[-len(GAUSSIAN) :]
-        groups = torch.cat([chances[: -len(GAUSSIAN)], gaussian.sum(0, keepdim=True)])
-        best = int(groups.argmax())
-        sampling = KINDS[best]
-        if sampling.profile == "gaussian":
-            width = float((gaussian * torch.tensor(GAUSSIAN)).sum() / gaussian.sum())
-            sampling = replace(sampling, width=round(width, 3))
-        return Recognized(sampling, float(groups[best]), noise)
+        kinds = evidence.masked_fill(~self.possible, -math.inf).softmax(0)
+        return Recognized(kinds, max(0.0, float(output[:, -1].mean())) * NOISE_UNIT)
 
 
 def recognition(acquisition: str, checkpoint: str | Path, facts: bool = True) -> Recognition | None:

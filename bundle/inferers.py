@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.inferers import Inferer, SimpleInferer, SliceInferer
+from monai.inferers import Inferer, SimpleInferer, SliceInferer, SlidingWindowInferer
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .acquisition import FREQUENCIES
 from .conditions import conditions, measured_samples, spectral_facts, with_measured_kspace, zero_filled_excess
 from .conditions import positions as subpixel_positions
 from .consistency import Correction, Recognition
@@ -60,13 +61,15 @@ class ForegroundInferer(SliceInferer):
             docs/performance.md shows how to measure how much pixels beyond the margin matter.
         positions: whether the network receives the positions of the pixels (:func:`bundle.conditions.positions`); the factors are
             ``inputs.meta["factor"]``.
-        facts: whether it also receives the excess of zero-filling (:func:`bundle.conditions.zero_filled_excess`), the width of the slice
-            profile (``inputs.meta["slice_width"]``, if known), the noise and the spectrum (:func:`bundle.conditions.conditions`).
+        facts: whether it also receives the excess of zero-filling (:func:`bundle.conditions.zero_filled_excess`), the slices before and
+            after, the width of the slice profile (``inputs.meta["slice_width"]``, if known), the noise, the spectrum, and the probabilities
+            of the kinds of sampling (:func:`bundle.conditions.conditions`).
         noise: standard deviation as a fraction of the intensity scale; ``None`` uses the measured one.
         denoise: 1 keeps the result as it is; 0 restores the measured k-space of each slice, with its noise, and keeps the result only
             beyond it; values in between mix (:func:`bundle.conditions.with_measured_kspace`).
-        recognition: recognises the acquisition, so that the result can be corrected to agree with the measured samples
-            (:mod:`bundle.consistency`); ``None`` keeps it as it is. What was recognised is in the result's ``meta["recognized"]``.
+        recognition: recognises the acquisition. The network is told what was recognised, and the result is corrected to agree with the
+            measured samples (:mod:`bundle.consistency`). ``None`` does neither. ``meta["recognized"]`` of the result
+            says what was recognised.
         interpolation: mode by which the slices were interpolated (:func:`bundle.resampling.enlarge`); ``"spline"`` across thick slices.
         thick_axis: spatial axis across thick slices, if ``inputs.meta["factor"]`` holds three factors.
         precision: number format of the network's convolutions (:func:`bundle.precision.choose`).
@@ -118,98 +121,65 @@ class ForegroundInferer(SliceInferer):
             every_pixel = super().__call__(inputs, network, *args, **kwargs)
             release_freed_memory()
             return every_pixel
-        measured = self._measured(inputs) if self.facts or self.recognition else inputs
-        facts = self._facts(inputs, measured) if self.facts else None
-        add_conditions = self._with_conditions(inputs, facts) if self.positions else lambda part, rows, columns: part
-        add_excess = self._with_excess(inputs) if self.facts else lambda part: part
-        axis = self.spatial_dim + 2
-        row_axis = 3 if axis == 2 else 2
-        sides = [side for n, side in enumerate(inputs.shape[2:]) if n != self.spatial_dim]
-        every = slice(0, sides[0]), slice(0, sides[1])
-        factors = self._factors(inputs)[0] if self.denoise < 1 else ()
+        factors, across = self._factors(inputs) if self.positions or self.denoise < 1 else ([], [])
         outputs = torch.cat([inputs, torch.zeros_like(inputs)], 1) if uncertain else inputs.clone()
-        # plain tensors: metadata would be copied with every part
-        inputs, target = torch.as_tensor(inputs).as_subclass(Tensor), torch.as_tensor(outputs).as_subclass(Tensor)
+        # plain tensors, (slices, N, C, H, W): metadata would be copied with every part
+        planes, target = (torch.as_tensor(v).as_subclass(Tensor).movedim(self.spatial_dim + 2, 0) for v in (inputs, outputs))
+        boxes = {}
+        for n, plane in enumerate(planes):
+            every = slice(0, plane.shape[-2]), slice(0, plane.shape[-1])
+            box = foreground_box(plane, self.threshold, self.margin) if self.skip_background else every
+            if box is not None:
+                boxes[n] = box
+        if self.facts:
+            # slice by slice: intermediate results for the whole volume would take half of its memory
+            measured = torch.stack([measured_samples(plane, factors, self.interpolation) for plane in planes])
+            facts = self._facts(inputs, measured, across)
 
-        def window(n: int, rows: slice, columns: slice) -> list[slice]:
-            across = [slice(None), slice(None), rows, columns]
-            return [*across[:axis], slice(n, n + 1), *across[axis:]]
-
-        computed = []
-        for n in tqdm(range(inputs.shape[axis]), unit="slice", disable=not self.show_slices):
-            box = foreground_box(inputs.select(axis, n), self.threshold, self.margin) if self.skip_background else every
-            if box is None:
-                continue
-            computed.append(n)
-            whole = add_excess(inputs.narrow(axis, n, 1))
+        def compute(n: int, kinds: Tensor | None = None) -> None:
+            plane, box = planes[n], boxes[n]
+            if self.facts:
+                excess = zero_filled_excess(plane, factors, across, self.interpolation)
+                plane = torch.cat([plane, excess, planes[max(n - 1, 0)], planes[min(n + 1, len(planes) - 1)]], 1)
             for kept, rows, columns in bands(box, self.margin, MAX_PIXELS) if self.skip_background else [(box[0], *box)]:
-                part = add_conditions(whole[*window(0, rows, columns)], rows, columns)
-                result: Any = super().__call__(part, network, *args, **kwargs)
-                target[*window(n, kept, columns)] = result.narrow(row_axis, kept.start - rows.start, kept.stop - kept.start)
-        if self.recognition:
-            self._correct(outputs, measured, computed)
-        for n in computed if self.denoise < 1 else ():
-            before, after = (v[:, :1].narrow(axis, n, 1).movedim(axis, 0) for v in (inputs, target))
-            mixed = with_measured_kspace(after, before, factors, 1 - self.denoise, self.interpolation)
-            target[:, :1][*window(n, *every)] = mixed.movedim(0, axis)
-        if uncertain and facts and self.denoise < 1:
-            target[:, 1:] = target[:, 1:].square().add_(((1 - self.denoise) * facts[1]) ** 2).sqrt_()
+                part = plane[..., rows, columns]
+                if self.positions:
+                    maps = conditions(factors, rows, columns, *facts, kinds) if self.facts else subpixel_positions(factors, rows, columns)
+                    part = torch.cat([part, maps.to(part).expand(len(part), *maps.shape)], 1)
+                result: Any = SlidingWindowInferer.__call__(self, part, network, *args, **kwargs)
+                target[n][..., kept, columns] = result[..., kept.start - rows.start : kept.stop - rows.start, :]
+
+        kinds = None if any(across) else torch.tensor(FREQUENCIES)
+        recognized = None
+        if self.recognition and self.facts and not any(across):
+            chosen = [n for n in self.recognition.chosen(measured[:, 0, 0]) if n in boxes]
+            for n in chosen:  # what a network says that does not know how the scan was sampled is evidence
+                compute(n, kinds)
+            recognized = self.recognition(measured[chosen, 0, 0], factors, target[chosen, 0, 0])
+        if recognized:
+            recognized = recognized if self.noise is None else replace(recognized, noise=self.noise)
+            outputs.meta["recognized"] = recognized.facts()  # type: ignore[attr-defined]
+            kinds = recognized.kinds
+        for n in tqdm(boxes, unit="slice", disable=not self.show_slices):
+            compute(n, kinds)
+        correction = Correction(measured, planes.shape[-2:], factors, recognized) if recognized else None
+        for n in boxes:
+            result = target[n, :, :1]  # a view
+            if correction:
+                result.copy_(correction(result, n))
+            if self.denoise < 1:
+                result.copy_(with_measured_kspace(result, planes[n], factors, 1 - self.denoise, self.interpolation))
+        if uncertain and self.denoise < 1:
+            target[:, :, 1:] = target[:, :, 1:].square().add_(((1 - self.denoise) * facts[1]) ** 2).sqrt_()
         release_freed_memory()
         return outputs
 
-    def _measured(self, inputs: Tensor) -> Tensor:
-        """Measured samples of all slices, (slices, N, 1, h, w)."""
-        planes = inputs.as_subclass(Tensor).movedim(self.spatial_dim + 2, 0)
-        factors = self._factors(inputs)[0]
-        # slice by slice: intermediate results for the whole volume would take half of its memory
-        return torch.stack([measured_samples(plane, factors, self.interpolation) for plane in planes])
-
-    def _facts(self, inputs: Tensor, measured: Tensor) -> tuple[list[float], float, Tensor]:
+    def _facts(self, inputs: Tensor, measured: Tensor, across: Sequence[bool]) -> tuple[list[float], float, Tensor]:
         """Widths of the slice profile, noise and spectrum, those of the first volume: see :func:`bundle.conditions.conditions`."""
-        across = self._factors(inputs)[1]
         width = float(inputs.meta.get("slice_width", 0))  # type: ignore[attr-defined]
         width = width if WIDTHS[0] <= width <= WIDTHS[1] else 0.0
         noise, spectrum = spectral_facts(measured[:, 0, 0])
         return [width if thick else 0.0 for thick in across], noise if self.noise is None else self.noise, spectrum
-
-    def _correct(self, outputs: Tensor, measured: Tensor, computed: Sequence[int]) -> None:
-        """Correct the computed slices of ``outputs`` in place, if their acquisition is recognised, and note it in the metadata."""
-        factors, across = self._factors(outputs)
-        planes = torch.as_tensor(outputs).as_subclass(Tensor).movedim(self.spatial_dim + 2, 0)[:, :, :1]  # a view
-        if any(across) or not computed:
-            return
-        recognized = self.recognition(measured[computed, 0, 0], factors, planes[computed, 0, 0])  # type: ignore[misc]
-        if recognized is None:
-            return
-        recognized = recognized if self.noise is None else replace(recognized, noise=self.noise)
-        outputs.meta["recognized"] = recognized.facts()  # type: ignore[attr-defined]
-        correction = Correction(measured, planes.shape[-2:], factors, recognized)
-        for n in computed:
-            planes[n] = correction(planes[n], n)
-
-    def _with_conditions(self, inputs: Tensor, facts: tuple[list[float], float, Tensor] | None) -> Callable[[Tensor, slice, slice], Tensor]:
-        """A function that adds the condition maps, as channels, to a part of a slice."""
-        factors = self._factors(inputs)[0]
-        axis = self.spatial_dim + 2
-
-        def conditioned(part: Tensor, rows: slice, columns: slice) -> Tensor:
-            maps = conditions(factors, rows, columns, *facts) if facts else subpixel_positions(factors, rows, columns)
-            maps = maps.to(inputs.device, inputs.dtype).unsqueeze(axis - 1)
-            return torch.cat([part, maps.expand(len(part), *maps.shape)], 1)
-
-        return conditioned
-
-    def _with_excess(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
-        """A function that adds the excess of zero-filling, as a channel, to slices."""
-        factors, across = self._factors(inputs)
-        axis = self.spatial_dim + 2
-
-        def with_excess(part: Tensor) -> Tensor:
-            planes = torch.as_tensor(part).as_subclass(Tensor).movedim(axis, 0)
-            excess = zero_filled_excess(planes, factors, across, self.interpolation)
-            return torch.cat([planes, excess], 2).movedim(0, axis)
-
-        return with_excess
 
     def _factors(self, inputs: Tensor) -> tuple[list[float], list[bool]]:
         """Factors of the rows and columns of the slices, and which of them run across thick slices."""
@@ -227,15 +197,18 @@ class OrthogonalSlices(Inferer):
 
     Args:
         denoise: must be 1: across thick slices there is no measured k-space to keep.
+        acquisition: must be ``"auto"`` or ``"unknown"``: across thick slices nothing is recognised or corrected.
         kwargs: of :class:`ForegroundInferer`.
 
     Raises:
-        InputError: if ``denoise`` is not 1.
+        InputError: if ``denoise`` or ``acquisition`` is another.
     """
 
-    def __init__(self, denoise: float = 1.0, **kwargs: Any) -> None:
+    def __init__(self, denoise: float = 1.0, acquisition: str = "auto", **kwargs: Any) -> None:
         if denoise != 1:
             raise InputError(f"denoise is for slices within their plane: with thick slices it must be 1, got {denoise!r}")
+        if acquisition not in ("auto", "unknown"):
+            raise InputError(f"acquisition is for slices within their plane: with thick slices it must be auto, got {acquisition!r}")
         self.inferers = [ForegroundInferer(roi_size=(-1, -1), spatial_dim=axis, thick_axis=0, **kwargs) for axis in (1, 2)]
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

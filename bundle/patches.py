@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -15,15 +16,16 @@ from scipy import special
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .acquisition import Acquisition, Sampling, cut_to_acquired, sampled
+from .acquisition import FREQUENCIES, KINDS, Acquisition, Sampling, cut_to_acquired, kind_of, sampled
 from .conditions import conditions, spectral_facts
-from .consistency import SIZE, kind_of, window_of
+from .consistency import SIZE, window_of
 from .errors import InputError
 from .resampling import check_factor, enlarge
 from .transforms import name_of
 
 __all__ = ["AcquiredPatches", "MeasuredSlices", "RandomAcquisition", "RandomContrast", "RandomLesions"]
 
+ALONE = 0.1  # of the slices come without neighbours: they are their own
 THICK = 1.4  # times the smallest spacing: planes must not contain a coarser axis
 
 
@@ -81,11 +83,12 @@ class RandomAcquisition:
     def _within(self, random: np.random.Generator) -> Sampling:
         low, high = self.in_plane
         factor = 2.0 if low <= 2 <= high and random.random() < 0.5 else random.uniform(low, high)
-        profile = str(random.choice(["kspace", "bicubic", "box", "gaussian"], p=[0.5, 0.16, 0.14, 0.2]))
-        if profile != "kspace":
-            return Sampling(factor, profile, random.uniform(0.7, 1.4) if profile == "gaussian" else 1.0)
-        coverage = 1.0 if random.random() < 0.5 else random.uniform(0.6, 0.85) if random.random() < 0.1 else random.uniform(0.85, 1)
-        return Sampling(factor, profile, 1.0, coverage, str(random.choice(["none", "hamming", "tukey"], p=[0.7, 0.15, 0.15])))
+        kind = replace(KINDS[random.choice(len(KINDS), p=FREQUENCIES)], factor=factor)
+        if kind.profile == "gaussian":
+            return replace(kind, width=kind.width + random.uniform(-0.05, 0.05))
+        if kind.profile != "kspace" or random.random() < 0.5:
+            return kind
+        return replace(kind, coverage=random.uniform(0.6, 0.85) if random.random() < 0.1 else random.uniform(0.85, 1))
 
     def _across(self, random: np.random.Generator) -> Sampling:
         profile = str(random.choice(["gaussian", "box", "trapezoid"], p=[0.4, 0.3, 0.3]))
@@ -107,7 +110,7 @@ class RandomContrast:
         self.field = RandBiasField(degree=3, coeff_range=(-0.15, 0.15), prob=1.0)
 
     def __call__(self, image: Tensor, random: np.random.Generator) -> Tensor:
-        """(H, W) -> (H, W), intensities from 0 to 1 or slightly above; 0 stays 0."""
+        """Neighbouring slices (n, H, W) to the same shape, intensities from 0 to 1 or slightly above; 0 stays 0."""
         if random.random() < self.probability:
             points = np.linspace(0, 1, 7)
             if random.random() < 0.5:
@@ -125,12 +128,13 @@ class RandomContrast:
             image = torch.lerp(curve[low], curve[low + 1], position - low) + (image - 1).clamp(min=0) * curve[-1]
         if random.random() < self.bias:
             self.field.set_random_state(int(random.integers(2**31)))
-            image = torch.as_tensor(self.field(image[None])).as_subclass(Tensor)[0]
+            image = torch.as_tensor(self.field(image)).as_subclass(Tensor)
         return image
 
 
 class RandomLesions:
-    """Add small bright and dark ellipses to the anatomy of a slice, so that the network expects details that healthy anatomy lacks.
+    """Add small bright and dark ellipsoids to the anatomy of a slice and its neighbours, so that the network expects details that healthy
+    anatomy lacks.
 
     Args:
         probability: probability of lesions in a slice.
@@ -141,24 +145,29 @@ class RandomLesions:
     def __init__(self, probability: float = 0.3, count: int = 12, sizes: tuple[float, float] = (1.5, 10)) -> None:
         self.probability, self.count, self.sizes = probability, count, sizes
 
-    def __call__(self, image: Tensor, random: np.random.Generator) -> Tensor:
-        """(H, W) -> (H, W), not negative."""
-        anatomy = (image > 0.2).nonzero()
+    def __call__(self, image: Tensor, random: np.random.Generator, distance: float = 1.0) -> Tensor:
+        """Neighbouring slices (n, H, W), ``distance`` pixels apart, to the same shape, not negative. The middle slice cuts the ellipsoids
+        through their centres."""
+        middle = image[len(image) // 2]
+        anatomy = (middle > 0.2).nonzero()
         if random.random() >= self.probability or not len(anatomy):
             return image
         image = image.clone()
+        depth = distance * (np.arange(len(image)) - len(image) // 2)[:, None, None]
         for _ in range(int(random.integers(1, self.count + 1))):
             centre = anatomy[int(random.integers(len(anatomy)))].tolist()
             radius = float(np.exp(random.uniform(*np.log(self.sizes)))) / 2
             stretch, angle, edge = random.uniform(1, 1.6), random.uniform(0, np.pi), random.uniform(0.15, 1.2)
             reach = math.ceil(radius * stretch + 3 * edge) + 1
-            box = tuple(slice(max(c - reach, 0), min(c + reach + 1, side)) for c, side in zip(centre, image.shape))
+            box = tuple(slice(max(c - reach, 0), min(c + reach + 1, side)) for c, side in zip(centre, middle.shape))
             rows, columns = (grid - c - random.uniform(-0.5, 0.5) for grid, c in zip(np.mgrid[box], centre))
             along = (rows * np.cos(angle) + columns * np.sin(angle)) / stretch
             across = columns * np.cos(angle) - rows * np.sin(angle)
-            profile = torch.from_numpy(special.erfc((np.hypot(along, across) - radius) / (edge * math.sqrt(2))) / 2).float()
-            contrast = float(random.choice([-1, 1]) * random.uniform(0.1, 0.6)) * float(image[*centre])
-            image[box] += contrast * profile * (image[box] > 0.05)  # the air stays air
+            far = np.sqrt(along**2 + across**2 + depth**2)
+            profile = torch.from_numpy(special.erfc((far - radius) / (edge * math.sqrt(2))) / 2).float()
+            contrast = float(random.choice([-1, 1]) * random.uniform(0.1, 0.6)) * float(middle[*centre])
+            part = image[:, *box]
+            part += contrast * profile * (part > 0.05)  # the air stays air
         return image.clamp(min=0)
 
 
@@ -215,22 +224,26 @@ class AcquiredPatches(Dataset):
         return len(self.volumes) * self.slices_per_volume
 
     def __getitem__(self, index: int) -> list[dict[str, Tensor]]:
-        """``[{"image": (21, size, size), "label": (1, size, size)}, ...]``. The image holds the slice interpolated by cubic B-splines, the
-        excess of zero-filling, and :func:`bundle.conditions.conditions`; the label is the truth. Noise and spectrum are measured, as in
-        inference."""
+        """``[{"image": (35, size, size), "label": (1, size, size)}, ...]``. The image holds the slice interpolated by cubic B-splines, the
+        excess of zero-filling, the interpolated slices before and after, and :func:`bundle.conditions.conditions`; the label is the truth.
+        Noise and spectrum are measured, as in inference."""
         random = np.random.default_rng((self.seed, index))
-        truth = self._slice(index % len(self.volumes), random)
+        truth = self._slices(index % len(self.volumes), random)
         acquisition, widths, across = self.acquisition(random)
         factors = [axis.factor for axis in acquisition.axes]
-        measured = acquisition(truth, random)
+        scan = acquisition(truth, random)
+        if random.random() < ALONE:
+            scan = scan[[1, 1, 1]]
+        truth, measured = truth[1], scan[1]
         noise, spectrum = spectral_facts(measured)
-        image = enlarge(measured, factors, truth.shape, "spline")
+        kinds = None if any(across) else recognized(acquisition.axes, random)
+        before, image, after = enlarge(scan, factors, truth.shape, "spline")
         filled = measured  # what zero_filled_excess() computes from the interpolated slice: faster from the measured one
         for axis, thick in enumerate(across):
             step, size = [1.0, 1.0], list(filled.shape)
             step[axis], size[axis] = factors[axis], truth.shape[axis]
             filled = enlarge(filled, step, size, "spline" if thick else "kspace")
-        image = torch.stack([image, filled - image])
+        image = torch.stack([image, filled - image, before, after])
         patches = []
         for _ in range(self.patches_per_slice):
             for _ in range(10):
@@ -239,32 +252,36 @@ class AcquiredPatches(Dataset):
                 label = truth[rows, columns]
                 if float((label > self.threshold).float().mean()) >= self.min_foreground:
                     break
-            maps = conditions(factors, rows, columns, widths, noise, spectrum)
+            maps = conditions(factors, rows, columns, widths, noise, spectrum, kinds)
             patches.append({"image": torch.cat([image[:, rows, columns], maps]), "label": label[None].contiguous()})
         return patches
 
-    def _slice(self, volume: int, random: np.random.Generator) -> Tensor:
-        """A random slice with anatomy: rotated, mirrored, cropped to its content, reduced, with random contrast and lesions."""
-        voxels, planes = self.volumes[volume]
+    def _slices(self, volume: int, random: np.random.Generator) -> Tensor:
+        """A random slice with anatomy between its neighbours, (3, H, W): rotated, mirrored, cropped to its content, reduced, with random
+        contrast and lesions. At the ends of a volume, the slice is its own neighbour."""
+        voxels, planes, spacing = self.volumes[volume]
         axis = int(random.choice(planes))
         for _ in range(10):
-            image = voxels.select(axis, int(random.integers(voxels.shape[axis]))).float()
-            if float((image > self.threshold).float().mean()) > 0.08:
+            n, last = int(random.integers(voxels.shape[axis])), voxels.shape[axis] - 1
+            if float((voxels.select(axis, n) > self.threshold).float().mean()) > 0.08:
                 break
-        image = torch.rot90(image, int(random.integers(4)))
-        image = image.flip(1) if random.integers(2) else image
-        for side in (0, 1):  # crop empty borders
-            occupied = (image > self.threshold).any(1 - side).nonzero().flatten()
+        image = torch.stack([voxels.select(axis, place).float() for place in (max(n - 1, 0), n, min(n + 1, last))])
+        image = image.flip(0) if random.integers(2) else image
+        image = torch.rot90(image, int(random.integers(4)), (1, 2))
+        image = image.flip(2) if random.integers(2) else image
+        for side in (1, 2):  # crop empty borders
+            occupied = (image[1] > self.threshold).any(2 - side).nonzero().flatten()
             if len(occupied):
                 first, last = max(int(occupied[0]) - 8, 0), min(int(occupied[-1]) + 9, image.shape[side])
                 first, last = max(min(first, last - self.size), 0), max(last, min(first + self.size, image.shape[side]))
                 image = image.narrow(side, first, last - first)
-        largest = min(self.largest_reduction, *(side / self.size for side in image.shape))
+        distance = spacing[axis] / min(spacing[n] for n in range(3) if n != axis)
+        largest = min(self.largest_reduction, *(side / self.size for side in image.shape[1:]))
         if largest > 1 and random.random() < 0.5:
             reduction = Sampling(float(random.uniform(1, largest)), str(random.choice(["kspace", "gaussian"])), 0.9)
-            image = sampled(image, (reduction, reduction))
+            image, distance = sampled(image, (reduction, reduction)), distance / reduction.factor
         image = image if self.contrast is None else self.contrast(image, random)
-        image = image if self.lesions is None else self.lesions(image, random)
+        image = image if self.lesions is None else self.lesions(image, random, distance)
         return (image * float(random.uniform(0.75, 1.1))).contiguous()
 
 
@@ -286,7 +303,7 @@ class MeasuredSlices(Dataset):
         1 / factor; the index of the kind of sampling of that axis, and the noise."""
         patches = self.patches
         random = np.random.default_rng((patches.seed, index))
-        truth = patches._slice(index % len(patches.volumes), random)
+        truth = patches._slices(index % len(patches.volumes), random)[1]
         refined: list[int] = []
         while not refined:
             acquisition, _, _ = patches.acquisition(random)
@@ -300,8 +317,22 @@ class MeasuredSlices(Dataset):
         return {"image": image, "label": torch.tensor([kind_of(along), acquisition.noise])}
 
 
-def _truth(image: MetaTensor, size: int) -> tuple[Tensor, list[int]]:
-    """A volume as the scanner acquired it, (X, Y, Z) in half precision, and the axes perpendicular to planes that hold a patch."""
+def recognized(axes: Sequence[Sampling], random: np.random.Generator) -> Tensor:
+    """Probabilities of the kinds of a sampling, (12,), as a classifier of random skill would know them.
+
+    The classifier observes e = a 1_k + sqrt(a) n, with the kind k, its indicator 1_k and white noise n, so that the probabilities are the
+    frequencies of the kinds in training times exp(e), up to a constant. It knows nothing (a = 0) in a quarter of the cases and the kind
+    in three eighths; in between, a is 1 to 30.
+    """
+    kind = next((kind_of(axis) for axis in axes if axis.factor > 1), 0)
+    skill = float(random.choice([0.0, np.exp(random.uniform(0, np.log(30))), 1000.0], p=[0.25, 0.375, 0.375]))
+    evidence = np.sqrt(skill) * random.standard_normal(len(KINDS))
+    evidence[kind] += skill
+    return torch.from_numpy(evidence + np.log(FREQUENCIES)).softmax(0).float()
+
+
+def _truth(image: MetaTensor, size: int) -> tuple[Tensor, list[int], list[float]]:
+    """A volume as the scanner acquired it, (X, Y, Z) in half precision; the axes perpendicular to planes that hold a patch; its spacing."""
     spacing, sides = [float(s) for s in image.pixdim], image.shape[1:]
     planes = []
     for axis in range(3):
@@ -313,4 +344,5 @@ def _truth(image: MetaTensor, size: int) -> tuple[Tensor, list[int]]:
         text = " x ".join(map(str, sides))
         raise InputError(f"{name_of(image)}: {text} voxels have no plane of {size} x {size} pixels of nearly one size")
     within = [n for n in range(3) if any(plane != n for plane in planes)]
-    return cut_to_acquired(image.as_tensor()[0], within).half(), planes
+    volume = cut_to_acquired(image.as_tensor()[0], within).half()
+    return volume, planes, [s * before / after for s, before, after in zip(spacing, sides, volume.shape)]

@@ -173,9 +173,14 @@ class LesionTest:
                 factors = (1.0, 1.0, factor)
                 row = f"{self.given.thickness:g} mm {title}"
             else:
-                part, factors, row = planes, (self.given.factor, self.given.factor), f"x{self.given.factor:g}: {title}"
+                last = plain.shape[2] - 1  # the network sees the neighbours of each plane
+                part = [min(max(n + way, 0), last) for n in planes for way in (-1, 0, 1)]
+                factors, row = (self.given.factor, self.given.factor), f"x{self.given.factor:g}: {title}"
             truths = [plain[..., part], (plain + added)[..., part]]
             results = [self.results(truth, scan, factors) for truth in truths]
+            if not scan.thick:
+                part, truths = planes, [truth[..., 1::3] for truth in truths]
+                results = [{method: image[..., 1::3] for method, image in images.items()} for images in results]
             numbers = list(range(plain.shape[2]))[part] if isinstance(part, slice) else part
             self.note_lesions(row, volume, lesions, added, numbers, spacing, results)
             self.note_inventions(row, volume, truths[0].numpy(), white[..., numbers], spacing, results[0])

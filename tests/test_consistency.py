@@ -11,13 +11,13 @@ import toy
 from monai.data import MetaTensor, decollate_batch
 from toy import volume
 
-from bundle.acquisition import Acquisition, Sampling, kspace_filter, sampling_matrix
-from bundle.consistency import EQUAL, KINDS, SMALLEST, Correction, Recognition, RecognitionLoss, Recognized, kind_of, recognition, window_of
+from bundle.acquisition import FREQUENCIES, KINDS, Acquisition, Sampling, kind_of, kspace_filter, sampling_matrix
+from bundle.consistency import EQUAL, SMALLEST, Correction, Recognition, RecognitionLoss, Recognized, recognition, window_of
 from bundle.errors import InputError
-from bundle.inferers import ForegroundInferer
+from bundle.inferers import ForegroundInferer, OrthogonalSlices
 from bundle.loading import LoadVolumed
 from bundle.networks import AcquisitionClassifier
-from bundle.patches import AcquiredPatches, MeasuredSlices, RandomAcquisition
+from bundle.patches import AcquiredPatches, MeasuredSlices, RandomAcquisition, recognized
 from bundle.resampling import enlarge
 
 ROOT = Path(__file__).parents[1]
@@ -25,11 +25,21 @@ WEIGHTS = ROOT / "models" / "acquisition.pt"
 REAL = ROOT.parent / "shared" / "data" / "ds002748" / "sub-16.nii.gz"
 
 
+def known(kind, probability=1.0, noise=0.0):
+    """Index of the kind, its probability; the others share the rest."""
+    kinds = torch.full((len(KINDS),), (1 - probability) / (len(KINDS) - 1))
+    kinds[kind] = probability
+    return Recognized(kinds, noise)
+
+
 class Told:
     """Recognition of one that knows."""
 
     def __init__(self, kind, noise=0.0):
-        self.known = Recognized(kind, 1.0, noise)
+        self.known = known(kind, noise=noise)
+
+    def chosen(self, measured):
+        return [0]
 
     def __call__(self, measured, factors, result=None):
         return self.known
@@ -41,7 +51,6 @@ def test_correction_is_the_regularised_solution(kind, noise):
     """Against the dense formula, with the sampling of the whole slice as one matrix."""
     factors, size = (2.0, 1.5), (13, 12)
     random = torch.Generator().manual_seed(0)
-    known = Recognized(KINDS[kind], 1.0, noise)
     rows, columns = (sampling_matrix(n, replace(KINDS[kind], factor=f)).double() for n, f in zip(size, factors))
     if KINDS[kind].window != "none":
         rows, columns = (kspace_filter(len(m), 1.0, KINDS[kind].window).double() @ m for m in (rows, columns))
@@ -53,16 +62,16 @@ def test_correction_is_the_regularised_solution(kind, noise):
     expected = result.flatten() + whole.T @ torch.linalg.solve(
         whole @ whole.T + weight * torch.eye(len(whole), dtype=torch.float64), missing
     )
-    found = Correction(measured[None], size, factors, known)(result, 0)
+    found = Correction(measured[None], size, factors, known(kind, noise=noise))(result, 0)
     torch.testing.assert_close(found.flatten(), expected, atol=1e-5, rtol=0)
 
 
 def test_the_truth_is_not_changed():
     truth = torch.from_numpy(toy.head((40, 42, 3)))[..., 1] / 1000
-    for kind in KINDS:
+    for index, kind in enumerate(KINDS):
         axes = [replace(kind, factor=2.0)] * 2
         scan = Acquisition(axes)(truth)
-        corrected = Correction(scan[None], truth.shape, (2, 2), Recognized(kind, 1.0, 0.0))(truth, 0)
+        corrected = Correction(scan[None], truth.shape, (2, 2), known(index))(truth, 0)
         # except where the magnitude of the overshoot was taken
         assert float((corrected - truth)[truth > 0.2].abs().max()) < 0.03, kind
 
@@ -70,8 +79,8 @@ def test_the_truth_is_not_changed():
 def test_less_is_corrected_if_the_kind_is_doubtful_or_the_scan_noisy():
     result, scan = torch.full((20, 20), 0.2), torch.full((1, 10, 10), 1.2)
     steps = [
-        float(Correction(scan, (20, 20), (2, 2), Recognized(KINDS[0], p, noise))(result, 0).mean()) - 0.2
-        for p, noise in ((1.0, 0.0), (0.6, 0.0), (0.6, 0.05), (0.01, 0.05))
+        float(Correction(scan, (20, 20), (2, 2), known(0, p, noise))(result, 0).mean()) - 0.2
+        for p, noise in ((1.0, 0.0), (0.6, 0.0), (0.6, 0.05), (0.3, 0.1))
     ]
     assert 1 > steps[0] > 0.9
     assert steps == sorted(steps, reverse=True) and steps[-1] < 0.05
@@ -82,7 +91,7 @@ def test_the_air_keeps_the_result_of_the_network():
     truth[12:36, 12:36] = 0.8
     axes = [Sampling(2)] * 2
     scan = Acquisition(axes, noise=0.02)(truth, np.random.default_rng(0))
-    corrected = Correction(scan[None], truth.shape, (2, 2), Recognized(KINDS[0], 1.0, 0.02))(truth, 0)
+    corrected = Correction(scan[None], truth.shape, (2, 2), known(0, noise=0.02))(truth, 0)
     assert not corrected[:8].any() and not corrected[:, -8:].any()
     assert float((corrected - truth)[16:32, 16:32].abs().mean()) > 1e-3
 
@@ -94,6 +103,23 @@ def test_every_acquisition_has_a_kind():
     assert kind_of(Sampling(3, "gaussian", 0.97)) == kind_of(Sampling(2, "gaussian", 0.93))
     with pytest.raises(InputError, match="trapezoid"):
         kind_of(Sampling(3, "trapezoid"))
+
+
+def test_training_tells_honest_probabilities():
+    """Whatever a probability is, the kind is right that often."""
+    random, draw = np.random.default_rng(0), RandomAcquisition(in_plane=(2, 2))
+    kinds, told = [], []
+    for _ in range(4000):
+        axes = draw(random)[0].axes
+        kinds.append(next(kind_of(axis) for axis in axes if axis.factor > 1))
+        told.append(recognized(axes, random))
+    right = torch.eye(len(KINDS))[kinds]
+    told = torch.stack(told)
+    torch.testing.assert_close(told.mean(0), torch.tensor(FREQUENCIES), atol=0.02, rtol=0)
+    for low, high in ((0.1, 0.2), (0.3, 0.5), (0.5, 0.8), (0.8, 0.99), (0.999, 1.01)):
+        inside = (told >= low) & (told < high)
+        assert int(inside.sum()) > 150
+        assert float(right[inside].mean()) == pytest.approx(float(told[inside].mean()), abs=0.05)
 
 
 @pytest.mark.parametrize("shape", [(96, 96), (40, 120), (200, 31), (97, 95)])
@@ -153,7 +179,8 @@ def test_a_result_is_evidence(tmp_path):
 
 def test_air_and_unrefined_scans_are_not_recognised(tmp_path):
     look = Recognition(untrained(tmp_path / "a.pt"))
-    assert look(torch.zeros(3, 50, 50), (2, 2)) is None
+    air = torch.zeros(3, 50, 50)
+    assert look(air[look.chosen(air)], (2, 2)) is None
     assert look(torch.rand(3, 50, 50), (1, 1)) is None
 
 
@@ -174,7 +201,7 @@ def test_results_are_corrected_slice_by_slice():
     scan = Acquisition([replace(kind, factor=2.0)] * 2)(truth.movedim(-1, 0))
     interpolated = enlarge(scan, factors, truth.shape[:2], "spline").movedim(0, -1)
     image = MetaTensor(interpolated[None, None], meta={"factor": list(factors)})
-    inferer = ForegroundInferer(recognition=Told(kind), positions=True, facts=True, roi_size=(-1, -1), spatial_dim=2)
+    inferer = ForegroundInferer(recognition=Told(0), positions=True, facts=True, roi_size=(-1, -1), spatial_dim=2)
     found = inferer(image, lambda x: 0.9 * x[:, :1])
     plain = ForegroundInferer(positions=True, facts=True, roi_size=(-1, -1), spatial_dim=2)(image, lambda x: 0.9 * x[:, :1])
     again, before = (
@@ -184,6 +211,30 @@ def test_results_are_corrected_slice_by_slice():
     assert found.meta["recognized"]["profile"] == "kspace"
     assert len(decollate_batch(found)) == 1  # MONAI's engines take batches apart
     assert "recognized" not in plain.meta
+
+
+def test_the_network_is_told_what_was_recognised():
+    image = MetaTensor(torch.from_numpy(toy.head((40, 44, 3))).float()[None, None] / 1000, meta={"factor": [2.0, 2.0]})
+    options = {"positions": True, "facts": True, "roi_size": (-1, -1), "spatial_dim": 2}
+    seen = []
+
+    def network(x):
+        seen.append(x[0, -len(KINDS) :, 0, 0])
+        return x[:, :1]
+
+    ForegroundInferer(recognition=Told(4), **options)(image, network)
+    first, *others = seen  # evidence is what a network says that is not told
+    torch.testing.assert_close(first, torch.tensor(FREQUENCIES))
+    assert len(others) == 3
+    for kinds in others:
+        assert torch.equal(kinds, known(4).kinds)
+    seen.clear()
+    ForegroundInferer(**options)(image, network)
+    assert len(seen) == 3 and torch.equal(seen[0], torch.tensor(FREQUENCIES))
+    seen.clear()
+    image.meta["factor"] = [2.0, 1.0, 4.0]
+    OrthogonalSlices(positions=True, facts=True)(image, network)
+    assert seen and not any(kinds.any() for kinds in seen)  # across thick slices nothing is recognised
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="no weights of the classifier")

@@ -181,9 +181,25 @@ def test_switched_off_it_computes_every_pixel(skip_background):
     assert torch.equal(outputs, inputs + 1)
 
 
-def test_progress_counts_slices(capfd):
-    ForegroundInferer(**WHOLE, progress=True)(volume(), lambda x: x)
-    assert "4/4" in capfd.readouterr().err
+def test_progress_counts_slices_with_anatomy(capfd):
+    image = volume()
+    filled = int(image.amax((0, 1, 2, 3)).gt(0.1).sum())
+    ForegroundInferer(**WHOLE, progress=True)(image, lambda x: x)
+    assert filled == 3 and "3/3" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_network_with_facts_sees_the_neighbouring_slices(axis):
+    """At the ends of the volume, a slice is its own neighbour."""
+    image = MetaTensor(torch.rand(1, 1, 9, 9, 9), meta={"factor": [2.0, 2.0, 2.0]})
+    planes, seen = image.as_tensor()[0, 0].movedim(axis, 0), []
+    inferer = ForegroundInferer(roi_size=(-1, -1), spatial_dim=axis, skip_background=False, positions=True, facts=True)
+    inferer(image, lambda x: seen.append(x[0, :4]) or x[:, :1])
+    assert len(seen) == 9
+    for n, (own, excess, before, after) in enumerate(seen):
+        assert torch.equal(own, planes[n])
+        assert torch.equal(before, planes[max(n - 1, 0)]) and torch.equal(after, planes[min(n + 1, 8)])
+        assert not torch.equal(excess, own)
 
 
 def test_impossible_arguments_are_refused():

@@ -284,6 +284,25 @@ def test_a_dicom_answer_has_the_warnings_too_and_no_path_of_the_server(tmp_path)
     assert answer.keys() == {"label_names", "scale", "spacing", "axial_slices", "warnings"}
 
 
+def test_the_uncertainty_map_is_returned_on_request(tmp_path):
+    path = toy.write_nifti(tmp_path / "scan.nii.gz", to_world=toy.affine((1, 1, 3)))
+    app = runpy.run_path(str(ROOT / "scripts" / "label_app" / "main.py"))
+    request = {"image": str(path), "device": "cpu", "uncertainty": True}
+    result, deviation = (
+        nib.load(app["SuperResolution"]([], tmp_path / "none.pt")(r)[0]) for r in ({**request, "uncertainty": False}, request)
+    )
+    assert deviation.get_data_dtype() == np.float32
+    np.testing.assert_allclose(deviation.affine, result.affine)
+    assert 0 < np.asarray(deviation.dataobj).max() < np.asarray(result.dataobj).max()
+    for overlays, more, message in (
+        ([], {"result_extension": ".zip"}, "an uncertainty map is not DICOM: result_extension .zip and uncertainty cannot be combined"),
+        ([], {"uncertainty": "perhaps"}, "uncertainty must be true or false, got 'perhaps'"),
+        ([app["CONFIGS"] / "networks" / "fast.json"], {}, "only the general network has one"),
+    ):
+        with pytest.raises(HTTPException, match=message):
+            app["SuperResolution"](overlays, tmp_path / "none.pt")({**request, **more})
+
+
 def test_a_volume_that_is_passed_over_is_named_with_the_reason(tmp_path):
     path = toy.write_nifti(tmp_path / "scan.nii.gz", to_world=toy.affine((1, 1, 1)))
     app = runpy.run_path(str(ROOT / "scripts" / "label_app" / "main.py"))

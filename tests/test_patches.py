@@ -11,11 +11,21 @@ from toy import volume
 
 from bundle.acquisition import Acquisition, Sampling
 from bundle.acquisition_report import measure_acquisitions
-from bundle.conditions import FACTS, conditions, measured_samples, positions, spectral_facts, with_measured_kspace, zero_filled_excess
+from bundle.conditions import (
+    FACTS,
+    SPECTRUM,
+    conditions,
+    measured_samples,
+    positions,
+    spectral_facts,
+    with_measured_kspace,
+    zero_filled_excess,
+)
 from bundle.errors import InputError
 from bundle.inferers import OrthogonalSlices
 from bundle.networks import PixelShuffleResidualNet
-from bundle.patches import AcquiredPatches, RandomAcquisition, RandomContrast
+from bundle.networks.pixel_shuffle_residual import IMAGES
+from bundle.patches import AcquiredPatches, RandomAcquisition, RandomContrast, RandomLesions
 from bundle.resampling import downsample, enlarge, refined_size
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -24,8 +34,11 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 class Fixed:
     """An acquisition that is always the same, in the place of a random one."""
 
+    def __init__(self, noise=0.02):
+        self.noise = noise
+
     def __call__(self, random):
-        return Acquisition((Sampling(2), Sampling(1.5)), noise=0.02), (0.8, 0.0), (True, False)
+        return Acquisition((Sampling(2), Sampling(1.5)), noise=self.noise), (0.8, 0.0), (True, False)
 
 
 class TestAcquiredPatches:
@@ -42,17 +55,37 @@ class TestAcquiredPatches:
         patches = AcquiredPatches([volume()], Fixed(), size=32, patches_per_slice=5)[0]
         assert len(patches) == 5
         for patch in patches:
-            assert patch["image"].shape == (2 + 6 + FACTS, 32, 32)
+            assert patch["image"].shape == (IMAGES + 6 + FACTS, 32, 32)
             assert patch["label"].shape == (1, 32, 32)
-            told = patch["image"][[4, 7, 8, 9], 0, 0]
+            told = patch["image"][[6, 9, 10, 11], 0, 0]
             torch.testing.assert_close(told, torch.tensor([1 / 2, 1 / 1.5, 0.8, 0.0]))
-            assert 0.5 < float(patch["image"][10, 0, 0]) < 2  # in units of 0.02; measured
-            assert bool((patch["image"][8:] == patch["image"][8:, :1, :1]).all())
+            assert 0.5 < float(patch["image"][12, 0, 0]) < 2  # in units of 0.02; measured
+            assert bool((patch["image"][10:] == patch["image"][10:, :1, :1]).all())
             assert float((patch["image"][0] - patch["label"][0]).abs().mean()) < 0.1
+
+    def test_neighbours_are_acquired_alike(self):
+        """With one contrast and no noise, the neighbours in a volume of equal slices are equal to the slice, otherwise they differ."""
+        equal = volume()
+        equal["image"][:] = equal["image"][..., 30:31].clone()
+        for item, same in ((equal, True), (volume(), False)):
+            data = AcquiredPatches([item], Fixed(noise=0.0), RandomContrast(), size=32, patches_per_slice=1)
+            data.volumes = [(data.volumes[0][0], [2], data.volumes[0][2])]
+            images = torch.stack([data[n][0]["image"][:IMAGES] for n in range(20)])
+            differences = (images[:, 2:] - images[:, :1]).abs().amax((1, 2, 3))
+            assert bool((differences < 1e-5).all()) == same
+            assert 0 < int((differences > 1e-3).sum()) < 20 or same  # some have no neighbours
+
+    def test_lesions_reach_into_the_neighbours_that_are_close(self):
+        image = torch.full((3, 48, 48), 0.5)
+        lesions = RandomLesions(probability=1, count=1, sizes=(4, 5))
+        for distance, reached in ((0.5, True), (5.0, False)):
+            changed = (lesions(image, np.random.default_rng(1), distance) - image).abs().amax((1, 2))
+            assert float(changed[1]) > 0.02
+            assert bool((changed[[0, 2]] > 0.02).all()) == reached
 
     def test_planes_across_thick_slices_are_no_truth(self):
         data = AcquiredPatches([volume((64, 60, 50), (1, 1, 4))], RandomAcquisition(), size=32)
-        assert [planes for _, planes in data.volumes] == [[2]]
+        assert [planes for _, planes, _ in data.volumes] == [[2]]
 
     def test_a_volume_without_a_plane_is_refused_by_name(self):
         with pytest.raises(InputError, match=r"b\.nii\.gz: 40 x 64 x 60 voxels have no plane of 48 x 48"):
@@ -66,10 +99,10 @@ class TestAcquiredPatches:
     def test_contrast_keeps_the_air(self):
         random = np.random.default_rng(0)
         contrast = RandomContrast(probability=1, bias=1)
-        image = torch.linspace(0, 1.2, 64).expand(8, 64).contiguous()
+        image = torch.linspace(0, 1.2, 64).expand(3, 8, 64).contiguous()
         for _ in range(20):
             changed = contrast(image, random)
-            assert float(changed[:, 0].abs().max()) < 1e-6
+            assert float(changed[..., 0].abs().max()) < 1e-6
             assert bool(torch.isfinite(changed).all())
 
 
@@ -80,31 +113,32 @@ def test_thick_slices_lie_across_the_rows_as_in_inference():
     inputs = MetaTensor(torch.rand(1, 1, 32, 34, 36), meta={"factor": [1.0, 1.0, 4.0]})
     OrthogonalSlices(positions=True, facts=True, skip_background=False)(inputs, lambda x: seen.append(x) or x[:, :1])
     for maps in (*(patches[n][0]["image"] for n in range(20)), *(x[0] for x in seen)):
-        rows, columns = maps[4, 0, 0], maps[7, 0, 0]  # 1 / factor
+        rows, columns = maps[6, 0, 0], maps[9, 0, 0]  # 1 / factor
         assert rows < 0.4 <= columns or columns == 1
         if columns == 1:
             assert not maps[1].any()  # nothing was zero-filled across slices
 
 
 class TestConditions:
-    def maps(self, noise):
-        return conditions((2, 2), slice(0, 12), slice(0, 12), (0, 0), noise, torch.linspace(-2, 0, FACTS - 3))[None]
+    def inputs(self, image, excess, noise, after=None):
+        maps = conditions((2, 2), slice(0, 12), slice(0, 12), (0, 0), noise, torch.linspace(-2, 0, SPECTRUM))[None]
+        return torch.cat([image, excess, image, image if after is None else after, maps], 1)
 
     def test_positions_then_facts(self):
-        spectrum = torch.linspace(-1, 1, FACTS - 3)
-        maps = conditions((2, 3), slice(0, 5), slice(1, 7), (0.8, 0), 0.03, spectrum)
+        spectrum, kinds = torch.linspace(-1, 1, SPECTRUM), torch.rand(FACTS - 3 - SPECTRUM)
+        maps = conditions((2, 3), slice(0, 5), slice(1, 7), (0.8, 0), 0.03, spectrum, kinds)
         assert maps.shape == (6 + FACTS, 5, 6)
         assert torch.equal(maps[:6], positions((2, 3), slice(0, 5), slice(1, 7)))
-        torch.testing.assert_close(maps[6:, 2, 2], torch.cat([torch.tensor([0.8, 0, 1.5]), spectrum]))
+        torch.testing.assert_close(maps[6:, 2, 2], torch.cat([torch.tensor([0.8, 0, 1.5]), spectrum, kinds]))
 
     def test_facts_and_zero_filling_change_the_result_of_a_trained_network_only(self):
         network = PixelShuffleResidualNet(features=8, num_blocks=2, positions=True, facts=FACTS)
         image, excess = torch.rand(2, 1, 1, 12, 12)
-        torch.testing.assert_close(network(torch.cat([image, excess, self.maps(0)], 1)), image)
+        torch.testing.assert_close(network(self.inputs(image, excess, 0)), image)
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        first = network(torch.cat([image, excess, self.maps(0)], 1))
-        for other in (torch.cat([image, excess, self.maps(0.05)], 1), torch.cat([image, 0 * excess, self.maps(0)], 1)):
+        first = network(self.inputs(image, excess, 0))
+        for other in (self.inputs(image, excess, 0.05), self.inputs(image, 0 * excess, 0), self.inputs(image, excess, 0, after=0 * image)):
             assert float((network(other) - first).abs().max()) > 1e-4
 
     def test_weights_of_a_network_that_is_told_less_are_taken(self):
@@ -114,7 +148,7 @@ class TestConditions:
         told = PixelShuffleResidualNet(features=8, num_blocks=2, positions=True, facts=FACTS)
         told.load_state_dict(plain.state_dict())
         image, excess = torch.rand(2, 1, 1, 12, 12)
-        torch.testing.assert_close(told(torch.cat([image, excess, self.maps(0.02)], 1)), plain(image))
+        torch.testing.assert_close(told(self.inputs(image, excess, 0.02)), plain(image))
         fewer = {**told.state_dict(), "embedding.0.weight": told.state_dict()["embedding.0.weight"][:, :5]}
         told.load_state_dict(fewer)
         assert not told.embedding[0].weight[:, 5:].any()
@@ -149,7 +183,7 @@ class TestSpectralFacts:
         for image in (torch.zeros(shape), torch.rand(shape)):
             noise, spectrum = spectral_facts(image)
             assert np.isfinite(noise)
-            assert spectrum.shape == (FACTS - 3,)
+            assert spectrum.shape == (SPECTRUM,)
             assert bool(torch.isfinite(spectrum).all())
 
 

@@ -6,7 +6,9 @@ from torch.nn import functional as F
 
 from .initialization import start_at_zero
 
-__all__ = ["PixelShuffleResidualNet"]
+__all__ = ["IMAGES", "PixelShuffleResidualNet"]
+
+IMAGES = 4  # of a network with facts: the slice, the excess of zero-filling, the slices before and after
 
 
 class PixelShuffleResidualNet(nn.Module):
@@ -26,15 +28,15 @@ class PixelShuffleResidualNet(nn.Module):
             can load weights of a network without positions.
         facts: number of constant channels (:func:`bundle.conditions.conditions`), 0 for none. Together with the factors they pass
             through a small perceptron (32 units), which also scales and shifts the features of each block. A network with facts also
-            receives :func:`bundle.conditions.zero_filled_excess`. It can load weights of a network with fewer facts, or none, and
-            initially ignores the new inputs.
+            receives :func:`bundle.conditions.zero_filled_excess` and both neighbouring slices. It can load weights of a network with fewer
+            images or facts, or none, and initially ignores the new inputs.
     """
 
     def __init__(self, features: int = 64, num_blocks: int = 9, stride: int = 2, positions: bool = False, facts: int = 0) -> None:
         super().__init__()
         if facts and not positions:
             raise ValueError(f"facts need positions, got facts={facts} and positions={positions}")
-        self.stride, self.images = stride, 2 if facts else 1
+        self.stride, self.images = stride, IMAGES if facts else 1
         self.channels = self.images + 6 + facts if positions else 1
         self.shallow = _conv(self.images * stride**2, features)
         position_channels = 6 * stride**2 if positions else 0
@@ -47,8 +49,8 @@ class PixelShuffleResidualNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1, H, W) -> (N, 1, H, W), for any H and W: the last row and column are repeated up to a multiple of ``stride``.
 
-        With ``positions`` the input is (N, 7, H, W): the slice, then its positions. With ``facts`` it is (N, 8 + facts, H, W): the slice,
-        the excess of zero-filling, the positions, and the constant facts.
+        With ``positions`` the input is (N, 7, H, W): the slice, then its positions. With ``facts`` it is (N, 10 + facts, H, W): the slice,
+        the excess of zero-filling, the slices before and after, the positions, and the constant facts.
         """
         return self.result(x, self.features(x)[0])
 

@@ -36,7 +36,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.main import Main
 from monailabel.utils.others.generic import device_list, device_map, file_checksum, name_to_device
 
-from bundle.errors import InputError, reason
+from bundle.errors import InputError, reason, switch
 from bundle.files import write_atomically
 from bundle.ranges import read_ranges
 from bundle.subjects import find_volumes
@@ -144,7 +144,7 @@ class SuperResolution(InferTask):
 
         Returns:
             file of the result in the format ``request["result_extension"]``, always float32 (``".zip"`` is a DICOM series, for scans that
-            came as DICOM); and options.
+            came as DICOM), or with ``request["uncertainty"]`` of its uncertainty map; and options.
 
         Raises:
             HTTPException: with the reason in one line.
@@ -158,6 +158,9 @@ class SuperResolution(InferTask):
                 if len(volumes) > 1:
                     raise InputError(f"{request['image']}: one volume expected, found {len(volumes)}")
                 options = self.options_of(request)
+                uncertainty = switch("uncertainty", request.get("uncertainty") or False)
+                if uncertainty and extension == ".zip":
+                    raise InputError("an uncertainty map is not DICOM: result_extension .zip and uncertainty cannot be combined")
                 if self.get_path() is not None:
                     options["checkpoint"] = self.get_path()
                 notes = BufferingHandler(sys.maxsize)
@@ -171,6 +174,7 @@ class SuperResolution(InferTask):
                         output_dir=folder,
                         device=device_of(request),
                         dicom=extension == ".zip",
+                        uncertainty=uncertainty,
                         **options,
                     )
                 finally:
@@ -183,6 +187,8 @@ class SuperResolution(InferTask):
                     raise InputError(next((line for line in lines if line.startswith(prefix)), prefix))
                 (report,) = Path(folder).rglob("*_sr.json")
                 warnings = json.loads(report.read_text(encoding="utf-8"))["warnings"]
+                if uncertainty:
+                    (result,), options["uncertainty"] = Path(folder).rglob("*_sd.nii.gz"), True
                 file = zipped(Path(folder), request["image"]) if extension == ".zip" else converted(result, extension)
                 return file, {"label_names": {}, **options, "warnings": warnings}
             except Exception as e:
@@ -207,7 +213,7 @@ class SuperResolution(InferTask):
         if old_note is None and name in datastore.list_images():
             raise HTTPException(422, f"{datastore.get_image_uri(name)} was not made by this server: it is not overwritten")
         if old_note != note:
-            file, answer = self({**request, "image": datastore.get_image_uri(scan), "result_extension": ".nii.gz"})
+            file, answer = self({**request, "image": datastore.get_image_uri(scan), "result_extension": ".nii.gz", "uncertainty": False})
             try:
                 datastore.add_image(name, file, {NAME: note, "warnings": answer["warnings"]})
             except OSError as e:

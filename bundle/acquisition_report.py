@@ -62,6 +62,7 @@ def measure_acquisitions(
     slices: int = 12,
     tell_noise: bool = False,
     recognition: Recognition | None = None,
+    precision: str = "float32",
     device: torch.device | None = None,
     seed: int = 0,
     head: Head | None = None,
@@ -85,6 +86,7 @@ def measure_acquisitions(
         slices: number of evenly spaced axial slices per volume for the in-plane rows; for thick slices, all planes are used.
         tell_noise: whether the network receives the true noise instead of the measured one.
         recognition: recognises the acquisition within the plane, see :class:`bundle.inferers.ForegroundInferer`.
+        precision: number format of the network's convolutions (:func:`bundle.precision.choose`).
         device: device of the network; ``None`` is the CPU.
         seed: seed of the noise.
         head: the uncertainty head of the network, if it has one.
@@ -100,7 +102,7 @@ def measure_acquisitions(
     """
     network.eval()
     calibrate = switch("calibrate", calibrate)
-    options: dict[str, Any] = {"positions": positions, "facts": facts, "sw_batch_size": 4}
+    options: dict[str, Any] = {"positions": positions, "facts": facts, "precision": precision, "sw_batch_size": 4}
 
     def apply(volume: Tensor, meta: dict, noise: float, orthogonal: bool = False) -> Tensor:
         kwargs = {**options, "noise": noise if tell_noise else None}

@@ -1,4 +1,4 @@
-"""Inputs of a network beside the pixels: their positions, the sharpness of the scan and its noise.
+"""Inputs of a network beside the pixels: their positions, the sharpness and noise of the scan, and how it was sampled, if that is known.
 
 Nothing here needs the header of the scan. The measured samples are recovered from the interpolated slice, and their spectrum shows how they
 were acquired: with a point spread it falls, with k-space truncation it does not, and noise raises its end.

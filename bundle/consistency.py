@@ -33,11 +33,11 @@ __all__ = ["Correction", "Recognition", "RecognitionLoss", "Recognized", "recogn
 SIZE = 96  # side of the slices that the classifier sees
 SLICES = 16  # of a scan that it sees, at most
 NOISE_UNIT = 0.02  # of the classifier's output
-EQUAL = 0.018  # noise as large as the usual error of the network: both then count alike; chosen on validation volumes
+EQUAL = 0.012  # noise as large as the usual error of the network: both then count alike; chosen on validation volumes
 SMALLEST = 0.03  # w without noise: samples are rounded, and the model of the sampling is not exact
 SCANNER = 1.0  # logarithm of the prior odds of k-space truncation against any other kind, because scanners truncate
 DOUBT = 2.0  # part of w if the kind is as likely wrong as right
-AGREEMENT = 4.0  # exponent of the disagreement of a result with the samples, as evidence against a kind; chosen on validation volumes
+AGREEMENT = 2.0  # exponent of the disagreement of a result with the samples, as evidence against a kind; chosen on validation volumes
 AIR = (0.01, 0.03)  # mean intensities of 5 x 5 pixels: air up to the first, head from the second
 FILLED = 0.03  # part of a slice that must be anatomy
 

@@ -19,6 +19,7 @@ import toy
 from bundle.conditions import FACTS
 from bundle.errors import InputError
 from bundle.networks import MultiScaleResidualNet, OnnxNetwork, PixelShuffleResidualNet
+from bundle.networks.pixel_shuffle_residual import IMAGES
 
 pytestmark = pytest.mark.slow
 
@@ -132,7 +133,7 @@ def test_tiles_of_the_tensorrt_overlay_cover_a_slice(tmp_path):
 def test_the_tensorrt_engine_fits_its_overlay():
     export, overlay = (json.loads((ROOT / "configs" / f"{name}.json").read_text()) for name in ("export_trt", "inference_trt"))
     assert export.keys() <= inspect.signature(monai.bundle.trt_export).parameters.keys()
-    assert export["input_shape"] == [1, 21, *overlay["inferer::roi_size"]]
+    assert export["input_shape"] == [1, IMAGES + 6 + FACTS, *overlay["inferer::roi_size"]]
     smallest, _, largest = export["dynamic_batchsize"]
     assert smallest == 1
     assert largest >= overlay["inferer::sw_batch_size"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .acquisition import Acquisition, Sampling, cut_to_acquired
+from .conditions import with_neighbours
 from .consistency import Recognition
 from .errors import switch
 from .files import write_atomically, write_json
@@ -178,7 +179,7 @@ def _evenly(volume: Tensor, count: int) -> Tensor:
     neighbour."""
     filled = ((volume > FOREGROUND).float().mean((0, 1)) > 0.05).nonzero().flatten()
     places = filled[np.linspace(0, len(filled) - 1, min(count, len(filled))).round().astype(int)]
-    groups = torch.stack([places - 1, places, places + 1], 1).clamp(0, volume.shape[2] - 1).flatten()
+    groups = [place for n in places.tolist() for place in with_neighbours(n, volume.shape[2])]
     return volume[..., groups].movedim(-1, 0).contiguous()
 
 

@@ -17,7 +17,16 @@ from torch import Tensor
 from .acquisition import KINDS
 from .resampling import PIXEL_FRACTION, downsample, enlarge
 
-__all__ = ["FACTS", "conditions", "measured_samples", "positions", "spectral_facts", "with_measured_kspace", "zero_filled_excess"]
+__all__ = [
+    "FACTS",
+    "conditions",
+    "measured_samples",
+    "positions",
+    "spectral_facts",
+    "with_measured_kspace",
+    "with_neighbours",
+    "zero_filled_excess",
+]
 
 NOISE_UNIT = 0.02  # of the intensity scale
 BANDS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)  # borders, in Nyquist frequencies of the measured samples
@@ -115,6 +124,17 @@ def spectral_facts(measured: Tensor) -> tuple[float, Tensor]:
             levels.append((band.mean(1) + 1e-6).log10() if band.shape[1] else levels[-1] if levels else torch.zeros(len(line)).to(line))
         facts += [(level - levels[0]).mean() for level in levels[1:]]
     return float(noise), torch.stack(facts).cpu()
+
+
+def with_neighbours(n: int, count: int) -> list[int]:
+    """Indices of the slice before, of slice ``n`` itself, and of the slice after, for ``count`` slices. At the ends, a slice is its own
+    neighbour.
+
+    Example:
+        >>> with_neighbours(0, 3), with_neighbours(1, 3), with_neighbours(2, 3)
+        ([0, 0, 1], [0, 1, 2], [1, 2, 2])
+    """
+    return [max(n - 1, 0), n, min(n + 1, count - 1)]
 
 
 def measured_samples(image: Tensor, factors: Sequence[float], mode: str = "spline") -> Tensor:

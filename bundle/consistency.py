@@ -1,7 +1,7 @@
 """Recognise how a scan was sampled within its plane, and correct a result so that it agrees with the measured samples.
 
 A network that does not know the acquisition answers with a compromise between those that fit, and smooths what was measured. Once the
-sampling S is known, the network is told (:func:`bundle.conditions.conditions`), and the measured samples y correct its result x:
+sampling S is known, the network receives it (:func:`bundle.conditions.conditions`), and the measured samples y correct its result x:
 
     x + S^T (S S^T + w)^-1 (y - S x)
 

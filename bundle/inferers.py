@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .acquisition import FREQUENCIES
-from .conditions import conditions, measured_samples, spectral_facts, with_measured_kspace, zero_filled_excess
+from .conditions import conditions, measured_samples, spectral_facts, with_measured_kspace, with_neighbours, zero_filled_excess
 from .conditions import positions as subpixel_positions
 from .consistency import Correction, Recognition
 from .errors import InputError, switch
@@ -67,9 +67,9 @@ class ForegroundInferer(SliceInferer):
         noise: standard deviation as a fraction of the intensity scale; ``None`` uses the measured one.
         denoise: 1 keeps the result as it is; 0 restores the measured k-space of each slice, with its noise, and keeps the result only
             beyond it; values in between mix (:func:`bundle.conditions.with_measured_kspace`).
-        recognition: recognises the acquisition. The network is told what was recognised, and the result is corrected to agree with the
-            measured samples (:mod:`bundle.consistency`). ``None`` does neither. ``meta["recognized"]`` of the result
-            says what was recognised.
+        recognition: recognises the acquisition. The network receives what was recognised, and the result is corrected to agree with the
+            measured samples (:mod:`bundle.consistency`). ``None`` does neither. What was recognised is in the result's
+            ``meta["recognized"]``.
         interpolation: mode by which the slices were interpolated (:func:`bundle.resampling.enlarge`); ``"spline"`` across thick slices.
         thick_axis: spatial axis across thick slices, if ``inputs.meta["factor"]`` holds three factors.
         precision: number format of the network's convolutions (:func:`bundle.precision.choose`).
@@ -125,9 +125,9 @@ class ForegroundInferer(SliceInferer):
         outputs = torch.cat([inputs, torch.zeros_like(inputs)], 1) if uncertain else inputs.clone()
         # plain tensors, (slices, N, C, H, W): metadata would be copied with every part
         planes, target = (torch.as_tensor(v).as_subclass(Tensor).movedim(self.spatial_dim + 2, 0) for v in (inputs, outputs))
+        every = slice(0, planes.shape[-2]), slice(0, planes.shape[-1])
         boxes = {}
         for n, plane in enumerate(planes):
-            every = slice(0, plane.shape[-2]), slice(0, plane.shape[-1])
             box = foreground_box(plane, self.threshold, self.margin) if self.skip_background else every
             if box is not None:
                 boxes[n] = box
@@ -140,7 +140,8 @@ class ForegroundInferer(SliceInferer):
             plane, box = planes[n], boxes[n]
             if self.facts:
                 excess = zero_filled_excess(plane, factors, across, self.interpolation)
-                plane = torch.cat([plane, excess, planes[max(n - 1, 0)], planes[min(n + 1, len(planes) - 1)]], 1)
+                before, _, after = with_neighbours(n, len(planes))
+                plane = torch.cat([plane, excess, planes[before], planes[after]], 1)
             for kept, rows, columns in bands(box, self.margin, MAX_PIXELS) if self.skip_background else [(box[0], *box)]:
                 part = plane[..., rows, columns]
                 if self.positions:
@@ -153,7 +154,7 @@ class ForegroundInferer(SliceInferer):
         recognized = None
         if self.recognition and self.facts and not any(across):
             chosen = [n for n in self.recognition.chosen(measured[:, 0, 0]) if n in boxes]
-            for n in chosen:  # what a network says that does not know how the scan was sampled is evidence
+            for n in chosen:  # the result of a network that does not know the kind is evidence
                 compute(n, kinds)
             recognized = self.recognition(measured[chosen, 0, 0], factors, target[chosen, 0, 0])
         if recognized:

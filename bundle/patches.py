@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .acquisition import FREQUENCIES, KINDS, Acquisition, Sampling, cut_to_acquired, kind_of, sampled
-from .conditions import conditions, spectral_facts
+from .conditions import conditions, spectral_facts, with_neighbours
 from .consistency import SIZE, window_of
 from .errors import InputError
 from .resampling import check_factor, enlarge
@@ -262,10 +262,10 @@ class AcquiredPatches(Dataset):
         voxels, planes, spacing = self.volumes[volume]
         axis = int(random.choice(planes))
         for _ in range(10):
-            n, last = int(random.integers(voxels.shape[axis])), voxels.shape[axis] - 1
+            n = int(random.integers(voxels.shape[axis]))
             if float((voxels.select(axis, n) > self.threshold).float().mean()) > 0.08:
                 break
-        image = torch.stack([voxels.select(axis, place).float() for place in (max(n - 1, 0), n, min(n + 1, last))])
+        image = torch.stack([voxels.select(axis, place).float() for place in with_neighbours(n, voxels.shape[axis])])
         image = image.flip(0) if random.integers(2) else image
         image = torch.rot90(image, int(random.integers(4)), (1, 2))
         image = image.flip(2) if random.integers(2) else image

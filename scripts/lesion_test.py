@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 import bundle
 from bundle.acquisition import Acquisition, Sampling
 from bundle.checkpoints import load_weights
+from bundle.conditions import with_neighbours
 from bundle.errors import InputError, reason
 from bundle.figures import Panel, save_panels
 from bundle.files import write_atomically, write_json
@@ -173,8 +174,7 @@ class LesionTest:
                 factors = (1.0, 1.0, factor)
                 row = f"{self.given.thickness:g} mm {title}"
             else:
-                last = plain.shape[2] - 1  # the network sees the neighbours of each plane
-                part = [min(max(n + way, 0), last) for n in planes for way in (-1, 0, 1)]
+                part = [place for n in planes for place in with_neighbours(n, plain.shape[2])]  # the network sees them
                 factors, row = (self.given.factor, self.given.factor), f"x{self.given.factor:g}: {title}"
             truths = [plain[..., part], (plain + added)[..., part]]
             results = [self.results(truth, scan, factors) for truth in truths]

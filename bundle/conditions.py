@@ -143,7 +143,14 @@ def measured_samples(image: Tensor, factors: Sequence[float], mode: str = "splin
     return rows @ image @ columns.T
 
 
-def zero_filled_excess(image: Tensor, factors: Sequence[float], across: Sequence[bool] = (False, False), mode: str = "spline") -> Tensor:
+def zero_filled_excess(
+    image: Tensor,
+    factors: Sequence[float],
+    across: Sequence[bool] = (False, False),
+    mode: str = "spline",
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+) -> Tensor:
     """Difference between zero-filling and interpolation of the measured samples.
 
     If the scanner truncated k-space, zero-filling is exact; across thick slices it is not.
@@ -153,16 +160,19 @@ def zero_filled_excess(image: Tensor, factors: Sequence[float], across: Sequence
         factors: factors of the rows and of the columns.
         across: axes across thick slices, which keep their interpolation.
         mode: mode of the interpolation.
+        rows, columns: part of the slices to return.
 
     Returns:
-        (..., H, W).
+        (..., rows, columns).
     """
     filled = image
-    for axis, (factor, thick) in enumerate(zip(factors, across)):
+    for axis, (factor, thick, part) in enumerate(zip(factors, across, (rows, columns))):
         if factor > 1 and not thick:
-            matrix = _to_zero_filled(image.shape[axis - 2], factor, mode).to(image)
+            matrix = _to_zero_filled(image.shape[axis - 2], factor, mode)[part].to(image)
             filled = matrix @ filled if axis == 0 else filled @ matrix.T
-    return filled - image
+        else:
+            filled = filled[..., part, :] if axis == 0 else filled[..., part]
+    return filled - image[..., rows, columns]
 
 
 def with_measured_kspace(result: Tensor, image: Tensor, factors: Sequence[float], share: float = 1.0, mode: str = "spline") -> Tensor:

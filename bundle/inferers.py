@@ -116,9 +116,8 @@ class ForegroundInferer(SliceInferer):
         calibration. Outside the boxes it is 0; with ``denoise`` below 1 it includes the noise that is put back.
         """
         uncertain = isinstance(network, WithUncertainty)
-        network = in_precision(network, self.precision)
         if not (self.skip_background or self.positions):
-            every_pixel = super().__call__(inputs, network, *args, **kwargs)
+            every_pixel = super().__call__(inputs, in_precision(network, self.precision), *args, **kwargs)
             release_freed_memory()
             return every_pixel
         factors, across = self._factors(inputs) if self.positions or self.denoise < 1 else ([], [])
@@ -136,17 +135,31 @@ class ForegroundInferer(SliceInferer):
             measured = torch.stack([measured_samples(plane, factors, self.interpolation) for plane in planes])
             facts = self._facts(inputs, measured, across)
 
-        def compute(n: int, kinds: Tensor | None = None) -> None:
+        def told(kinds: Tensor | None) -> tuple[Callable[..., Any], Callable[[slice, slice], Tensor] | None]:
+            """The network for these kinds of sampling, and its condition maps for rows and columns; ``None`` if it needs none."""
+
+            def maps(rows: slice, columns: slice) -> Tensor:
+                found = conditions(factors, rows, columns, *facts, kinds) if self.facts else subpixel_positions(factors, rows, columns)
+                return found.to(planes)
+
+            if not self.positions:
+                return in_precision(network, self.precision), None
+            stride = getattr(network, "stride", 0)
+            if hasattr(network, "folded") and all(stride % factor == 0 for factor in factors):
+                first = slice(0, stride)
+                return in_precision(network.folded(maps(first, first)), self.precision), None
+            return in_precision(network, self.precision), maps
+
+        def compute(n: int, network: Callable[..., Any], maps: Callable[[slice, slice], Tensor] | None) -> None:
             plane, box = planes[n], boxes[n]
-            if self.facts:
-                excess = zero_filled_excess(plane, factors, across, self.interpolation)
-                before, _, after = with_neighbours(n, len(planes))
-                plane = torch.cat([plane, excess, planes[before], planes[after]], 1)
+            before, _, after = with_neighbours(n, len(planes))
             for kept, rows, columns in bands(box, self.margin, MAX_PIXELS) if self.skip_background else [(box[0], *box)]:
                 part = plane[..., rows, columns]
-                if self.positions:
-                    maps = conditions(factors, rows, columns, *facts, kinds) if self.facts else subpixel_positions(factors, rows, columns)
-                    part = torch.cat([part, maps.to(part).expand(len(part), *maps.shape)], 1)
+                if self.facts:
+                    excess = zero_filled_excess(plane, factors, across, self.interpolation, rows, columns)
+                    part = torch.cat([part, excess, *(planes[side][..., rows, columns] for side in (before, after))], 1)
+                if maps:
+                    part = torch.cat([part, maps(rows, columns).expand(len(part), -1, -1, -1)], 1)
                 result: Any = SlidingWindowInferer.__call__(self, part, network, *args, **kwargs)
                 target[n][..., kept, columns] = result[..., kept.start - rows.start : kept.stop - rows.start, :]
 
@@ -154,15 +167,17 @@ class ForegroundInferer(SliceInferer):
         recognized = None
         if self.recognition and self.facts and not any(across):
             chosen = [n for n in self.recognition.chosen(measured[:, 0, 0]) if n in boxes]
+            untold = told(kinds)
             for n in chosen:  # the result of a network that does not know the kind is evidence
-                compute(n, kinds)
+                compute(n, *untold)
             recognized = self.recognition(measured[chosen, 0, 0], factors, target[chosen, 0, 0])
         if recognized:
             recognized = recognized if self.noise is None else replace(recognized, noise=self.noise)
             outputs.meta["recognized"] = recognized.facts()  # type: ignore[attr-defined]
             kinds = recognized.kinds
+        knowing = told(kinds)
         for n in tqdm(boxes, unit="slice", disable=not self.show_slices):
-            compute(n, kinds)
+            compute(n, *knowing)
         correction = Correction(measured, planes.shape[-2:], factors, recognized) if recognized else None
         for n in boxes:
             result = target[n, :, :1]  # a view

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,8 +67,12 @@ class PSNRLoss(nn.Module):
         self.floor, self.patches = floor, patches
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Scalar loss of two (N, C, H, W) tensors in [0, 1]; N is a multiple of ``patches``."""
-        errors = (prediction.float() - target.float()).square().reshape(len(target) // self.patches, -1).mean(1)
+        """Scalar loss of a prediction (N, 1, H, W) in [0, 1] and a target of the same shape, or (N, 2, H, W) with the weight of each
+        pixel as second channel; N is a multiple of ``patches``."""
+        target = target.float()
+        weights = target[:, 1:] if target.shape[1] == 2 else torch.ones_like(target)
+        slices = (len(target) // self.patches, -1)
+        errors = ((prediction.float() - target[:, :1]).square() * weights).reshape(slices).sum(1) / weights.reshape(slices).sum(1)
         return 10 * (errors + self.floor).log10().mean()
 
 
@@ -79,9 +84,10 @@ class LaplaceLoss(nn.Module):
     """
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Scalar loss of a prediction (N, 2, H, W), result and standard deviation, and a target (N, 1, H, W)."""
+        """Scalar loss of a prediction (N, 2, H, W), result and standard deviation, and a target (N, 1, H, W);
+        further channels of the target are ignored."""
         deviation = prediction[:, 1:].float()
-        errors = (prediction[:, :1].float() - target.float()).abs()
+        errors = (prediction[:, :1].float() - target[:, :1].float()).abs()
         return (deviation.log() + math.sqrt(2) * errors / deviation).mean()
 
 

@@ -134,24 +134,26 @@ class RandomContrast:
 
 class RandomLesions:
     """Add small bright and dark ellipsoids to the anatomy of a slice and its neighbours, so that the network expects details that healthy
-    anatomy lacks.
+    anatomy lacks, and say where they are, so that their errors can weigh more.
 
     Args:
         probability: probability of lesions in a slice.
         count: largest number of lesions.
         sizes: smallest and largest diameter, in pixels; small ones are more frequent.
+        emphasis: each lesion counts as much as this number of pixels, however small it is.
     """
 
-    def __init__(self, probability: float = 0.3, count: int = 12, sizes: tuple[float, float] = (1.5, 10)) -> None:
-        self.probability, self.count, self.sizes = probability, count, sizes
+    def __init__(self, probability: float = 0.5, count: int = 12, sizes: tuple[float, float] = (1.5, 10), emphasis: float = 1000.0) -> None:
+        self.probability, self.count, self.sizes, self.emphasis = probability, count, sizes, emphasis
 
-    def __call__(self, image: Tensor, random: np.random.Generator, distance: float = 1.0) -> Tensor:
-        """Neighbouring slices (n, H, W), ``distance`` pixels apart, to the same shape, not negative. The middle slice cuts the ellipsoids
-        through their centres."""
+    def __call__(self, image: Tensor, random: np.random.Generator, distance: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Neighbouring slices (n, H, W), ``distance`` pixels apart, to the same shape, not negative, and the weights of the pixels of the
+        middle slice (H, W), which are 1 outside lesions. The middle slice cuts the ellipsoids through their centres."""
         middle = image[len(image) // 2]
+        weights = torch.ones_like(middle)
         anatomy = (middle > 0.2).nonzero()
         if random.random() >= self.probability or not len(anatomy):
-            return image
+            return image, weights
         image = image.clone()
         depth = distance * (np.arange(len(image)) - len(image) // 2)[:, None, None]
         for _ in range(int(random.integers(1, self.count + 1))):
@@ -168,7 +170,9 @@ class RandomLesions:
             contrast = float(random.choice([-1, 1]) * random.uniform(0.1, 0.6)) * float(middle[*centre])
             part = image[:, *box]
             part += contrast * profile * (part > 0.05)  # the air stays air
-        return image.clamp(min=0)
+            within = profile[len(image) // 2]
+            weights[box] += self.emphasis * within / within.sum().clamp(min=1)
+        return image.clamp(min=0), weights
 
 
 class AcquiredPatches(Dataset):
@@ -224,11 +228,11 @@ class AcquiredPatches(Dataset):
         return len(self.volumes) * self.slices_per_volume
 
     def __getitem__(self, index: int) -> list[dict[str, Tensor]]:
-        """``[{"image": (35, size, size), "label": (1, size, size)}, ...]``. The image holds the slice interpolated by cubic B-splines, the
-        excess of zero-filling, the interpolated slices before and after, and :func:`bundle.conditions.conditions`; the label is the truth.
-        Noise and spectrum are measured, as in inference."""
+        """``[{"image": (35, size, size), "label": (2, size, size)}, ...]``. The image holds the slice interpolated by cubic B-splines, the
+        excess of zero-filling, the interpolated slices before and after, and :func:`bundle.conditions.conditions`; the label holds the
+        truth and the weight of each pixel. Noise and spectrum are measured, as in inference."""
         random = np.random.default_rng((self.seed, index))
-        truth = self._slices(index % len(self.volumes), random)
+        truth, weights = self._slices(index % len(self.volumes), random)
         acquisition, widths, across = self.acquisition(random)
         factors = [axis.factor for axis in acquisition.axes]
         scan = acquisition(truth, random)
@@ -253,12 +257,12 @@ class AcquiredPatches(Dataset):
                 if float((label > self.threshold).float().mean()) >= self.min_foreground:
                     break
             maps = conditions(factors, rows, columns, widths, noise, spectrum, kinds)
-            patches.append({"image": torch.cat([image[:, rows, columns], maps]), "label": label[None].contiguous()})
+            patches.append({"image": torch.cat([image[:, rows, columns], maps]), "label": torch.stack([label, weights[rows, columns]])})
         return patches
 
-    def _slices(self, volume: int, random: np.random.Generator) -> Tensor:
-        """A random slice with anatomy between its neighbours, (3, H, W): rotated, mirrored, cropped to its content, reduced, with random
-        contrast and lesions. At the ends of a volume, the slice is its own neighbour."""
+    def _slices(self, volume: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """A random slice with anatomy between its neighbours, (3, H, W), rotated, mirrored, cropped to its content, reduced, with random
+        contrast and lesions; the weights of its pixels, (H, W). At the ends of a volume, the slice is its own neighbour."""
         voxels, planes, spacing = self.volumes[volume]
         axis = int(random.choice(planes))
         for _ in range(10):
@@ -281,8 +285,8 @@ class AcquiredPatches(Dataset):
             reduction = Sampling(float(random.uniform(1, largest)), str(random.choice(["kspace", "gaussian"])), 0.9)
             image, distance = sampled(image, (reduction, reduction)), distance / reduction.factor
         image = image if self.contrast is None else self.contrast(image, random)
-        image = image if self.lesions is None else self.lesions(image, random, distance)
-        return (image * float(random.uniform(0.75, 1.1))).contiguous()
+        image, weights = (image, torch.ones_like(image[1])) if self.lesions is None else self.lesions(image, random, distance)
+        return (image * float(random.uniform(0.75, 1.1))).contiguous(), weights
 
 
 class MeasuredSlices(Dataset):
@@ -303,7 +307,7 @@ class MeasuredSlices(Dataset):
         1 / factor; the index of the kind of sampling of that axis, and the noise."""
         patches = self.patches
         random = np.random.default_rng((patches.seed, index))
-        truth = patches._slices(index % len(patches.volumes), random)[1]
+        truth = patches._slices(index % len(patches.volumes), random)[0][1]
         refined: list[int] = []
         while not refined:
             acquisition, _, _ = patches.acquisition(random)

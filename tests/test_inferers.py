@@ -13,10 +13,10 @@ from monai.inferers import SliceInferer
 from torch import nn
 from torch.nn import functional as F
 
-from bundle.conditions import positions
+from bundle.conditions import FACTS, positions
 from bundle.errors import InputError
 from bundle.inferers import AutocastInferer, ForegroundInferer, OrthogonalSlices, foreground_box
-from bundle.networks import RCAN, MultiScaleResidualNet, use_fft_convolutions
+from bundle.networks import RCAN, MultiScaleResidualNet, PixelShuffleResidualNet, WithUncertainty, use_fft_convolutions
 from bundle.resampling import downsample, enlarge
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "inference.json")
@@ -200,6 +200,25 @@ def test_a_network_with_facts_sees_the_neighbouring_slices(axis):
         assert torch.equal(own, planes[n])
         assert torch.equal(before, planes[max(n - 1, 0)]) and torch.equal(after, planes[min(n + 1, 8)])
         assert not torch.equal(excess, own)
+
+
+@pytest.mark.parametrize("factors, folds", [((2.0, 2.0), True), ((1.0, 2.0), True), ((2.0, 1.5), False)])
+@pytest.mark.parametrize("kind", [PixelShuffleResidualNet, WithUncertainty])
+def test_folded_conditions_change_nothing(factors, folds, kind, monkeypatch):
+    """At factors of 1 and 2, positions and facts go into the weights. The result is that of a network that receives them as maps."""
+    network = random_network(PixelShuffleResidualNet(features=8, num_blocks=2, positions=True, facts=FACTS))
+    network = random_network(WithUncertainty(network)) if kind is WithUncertainty else network
+    image = MetaTensor(volume((38, 33, 5)), meta={"factor": list(factors), "slice_width": 1.0})
+    inferer = ForegroundInferer(**WHOLE, positions=True, facts=True)
+    channels = set()
+    network.register_forward_hook(lambda _, inputs, result: channels.add(inputs[0].shape[1]))
+    with torch.no_grad():
+        given = inferer(image, network)
+        assert (4 + 6 + FACTS in channels) != folds
+        monkeypatch.delattr(kind, "folded")
+        expected = inferer(image, network)
+    assert 4 + 6 + FACTS in channels and float((expected - image).abs().max()) > 0.1
+    torch.testing.assert_close(given.as_tensor(), expected.as_tensor(), atol=1e-4, rtol=1e-4)
 
 
 def test_impossible_arguments_are_refused():

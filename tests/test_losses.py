@@ -148,6 +148,15 @@ def test_psnr_loss_is_the_mean_over_patches_of_what_scikit_image_says():
     assert float(PSNRLoss(floor=0)(prediction, target)) == pytest.approx(-np.mean(values), abs=1e-3)
 
 
+def test_pixels_of_the_psnr_loss_have_weights():
+    prediction, target, weights = images(4, 1, 8, 7), images(4, 1, 8, 7, seed=1), 1 + 9 * images(4, 1, 8, 7, seed=2)
+    squares = np.square(prediction.numpy() - target.numpy()).reshape(2, -1)
+    means = [np.average(square, weights=weight) for square, weight in zip(squares, weights.numpy().reshape(2, -1))]
+    loss = PSNRLoss(floor=0, patches=2)
+    assert float(loss(prediction, torch.cat([target, weights], 1))) == pytest.approx(10 * np.log10(means).mean(), abs=1e-4)
+    torch.testing.assert_close(loss(prediction, torch.cat([target, torch.ones_like(target)], 1)), loss(prediction, target))
+
+
 def test_psnr_loss_of_a_perfect_prediction_is_finite_and_has_a_gradient():
     prediction = images(2, 1, 8, 7).requires_grad_()
     loss = PSNRLoss()(prediction, prediction.detach().clone())

@@ -56,7 +56,8 @@ class TestAcquiredPatches:
         assert len(patches) == 5
         for patch in patches:
             assert patch["image"].shape == (IMAGES + 6 + FACTS, 32, 32)
-            assert patch["label"].shape == (1, 32, 32)
+            assert patch["label"].shape == (2, 32, 32)
+            assert bool((patch["label"][1] == 1).all())  # without lesions, all pixels weigh the same
             told = patch["image"][[6, 9, 10, 11], 0, 0]
             torch.testing.assert_close(told, torch.tensor([1 / 2, 1 / 1.5, 0.8, 0.0]))
             assert 0.5 < float(patch["image"][12, 0, 0]) < 2  # in units of 0.02; measured
@@ -79,9 +80,18 @@ class TestAcquiredPatches:
         image = torch.full((3, 48, 48), 0.5)
         lesions = RandomLesions(probability=1, count=1, sizes=(4, 5))
         for distance, reached in ((0.5, True), (5.0, False)):
-            changed = (lesions(image, np.random.default_rng(1), distance) - image).abs().amax((1, 2))
+            changed = (lesions(image, np.random.default_rng(1), distance)[0] - image).abs().amax((1, 2))
             assert float(changed[1]) > 0.02
             assert bool((changed[[0, 2]] > 0.02).all()) == reached
+
+    @pytest.mark.parametrize("size", [2.5, 9.0])
+    def test_a_lesion_weighs_the_same_whatever_its_size(self, size):
+        image = torch.full((3, 48, 48), 0.5)
+        lesions = RandomLesions(probability=1, count=1, sizes=(size, size), emphasis=70)
+        changed, weights = lesions(image, np.random.default_rng(1))
+        assert float((weights - 1).sum()) == pytest.approx(70, rel=1e-4)
+        assert bool(((weights > 2) <= ((changed[1] - image[1]).abs() > 1e-3)).all())
+        assert bool((RandomLesions(probability=0)(image, np.random.default_rng(1))[1] == 1).all())
 
     def test_planes_across_thick_slices_are_no_truth(self):
         data = AcquiredPatches([volume((64, 60, 50), (1, 1, 4))], RandomAcquisition(), size=32)
@@ -196,6 +206,8 @@ def test_measured_samples_are_found_again_and_zero_filled(mode, factors):
     torch.testing.assert_close(measured_samples(enlarged, factors, mode), image, atol=1e-4, rtol=0)
     filled = enlarged + zero_filled_excess(enlarged, factors, mode=mode)
     torch.testing.assert_close(filled, enlarge(image, factors, size, "kspace"), atol=1e-4, rtol=0)
+    part = slice(3, 20), slice(5, 9)
+    torch.testing.assert_close(zero_filled_excess(enlarged, factors, (False, False), mode, *part), (filled - enlarged)[:, *part])
     assert not zero_filled_excess(enlarged, factors, (True, True), mode).any()
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,6 +74,24 @@ class PixelShuffleResidualNet(nn.Module):
             deep = layer(deep, positions, facts)
         return shallow + deep, positions, facts
 
+    @torch.no_grad()
+    def folded(self, maps: Tensor) -> PixelShuffleResidualNet:
+        """This network for one scan, with its positions and facts folded into the weights: (N, images, H, W) -> (N, 1, H, W).
+
+        It is faster, because the features need not be scaled and shifted. It exists if all groups of ``stride`` x ``stride`` pixels have
+        the same positions, as with factors of 1 and 2 and a stride of 2.
+
+        Args:
+            maps: (6 + facts, stride, stride), positions and facts of the first group.
+        """
+        plain = PixelShuffleResidualNet(self.reconstruct.in_channels, len(self.deep) - 1, self.stride).to(maps.device).eval()
+        plain.images = plain.channels = self.images
+        plain.shallow, plain.reconstruct = self.shallow, self.reconstruct
+        _, positions, facts = self.features(torch.cat([maps.new_zeros(self.images, *maps.shape[1:]), maps])[None])
+        blocks = [layer.folded(positions, facts) if isinstance(layer, ResidualBlock) else layer for layer in self.deep]
+        plain.deep = nn.ModuleList(blocks)
+        return plain
+
     def result(self, x: Tensor, features: Tensor) -> Tensor:
         """The result (N, 1, H, W) of an input and its ``features``."""
         residual = F.pixel_shuffle(self.reconstruct(features), self.stride)
@@ -89,12 +110,32 @@ class ResidualBlock(nn.Module):
         """(N, features, H, W) -> (N, features, H, W); ``positions`` are (N, position_channels, H, W), ``facts`` (N, embedded)."""
         hidden = self.body[0](x)
         if self.modulation is not None:
-            modulation = self.modulation(positions)
-            if self.adaptation is not None:
-                modulation = modulation + self.adaptation(facts)[:, :, None, None]
-            scale, shift = modulation.chunk(2, 1)
+            scale, shift = self.changes(positions, facts).chunk(2, 1)
             hidden = torch.addcmul(hidden + shift, hidden, scale)
         return x + self.body[2](self.body[1](hidden))
+
+    def changes(self, positions: Tensor, facts: Tensor) -> Tensor:
+        """By how much the features are scaled and shifted: (N, 2 * features, H, W)."""
+        assert self.modulation is not None
+        changes = self.modulation(positions)
+        return changes if self.adaptation is None else changes + self.adaptation(facts)[:, :, None, None]
+
+    def folded(self, positions: Tensor, facts: Tensor) -> ResidualBlock:
+        """This block for constant positions (1, position_channels, 1, 1) and facts (1, embedded), without modulation."""
+        plain = copy.copy(self)
+        plain._modules = {**self._modules, "modulation": None, "adaptation": None}
+        first, *others = self.body
+        plain.body = nn.Sequential(folded(first, self.changes(positions, facts)), *others)
+        return plain
+
+
+def folded(convolution: Any, changes: Tensor) -> Any:
+    """A convolution whose results are scaled and shifted by constant changes (1, 2 * filters, 1, 1)."""
+    scale, shift = changes.flatten().chunk(2)
+    plain = copy.deepcopy(convolution)
+    plain.weight.mul_((1 + scale)[:, None, None, None])
+    plain.bias.mul_(1 + scale).add_(shift)
+    return plain
 
 
 class LastConvolution(nn.Conv2d):

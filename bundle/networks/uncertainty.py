@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from ..checkpoints import load_weights
 from ..errors import InputError
 from .initialization import start_at_zero
-from .pixel_shuffle_residual import PixelShuffleResidualNet
+from .pixel_shuffle_residual import PixelShuffleResidualNet, folded
 
 __all__ = ["Calibration", "WithUncertainty", "check_network", "hash_of_weights"]
 
@@ -55,7 +56,7 @@ class WithUncertainty(nn.Module):
         network = check_network(network)
         if weights is not None:
             load_weights(network, weights)
-        self.network = network.requires_grad_(False)
+        self.network, self.stride = network.requires_grad_(False), network.stride
         features, pixels = network.reconstruct.in_channels, network.stride**2
         self.hidden = nn.Conv2d(features, features, 3, padding=1)
         self.modulation = start_at_zero(nn.Conv2d(6 * pixels, 2 * features, 1))
@@ -66,19 +67,36 @@ class WithUncertainty(nn.Module):
         self.register_state_dict_post_hook(_leave_network_out)
         self.register_load_state_dict_pre_hook(_keep_network)
 
+    @torch.no_grad()
+    def folded(self, maps: Tensor) -> WithUncertainty:
+        """Network and head for one scan, see :meth:`PixelShuffleResidualNet.folded`."""
+        _, positions, facts = self.network.features(torch.cat([maps.new_zeros(self.network.images, *maps.shape[1:]), maps])[None])
+        plain = copy.copy(self)
+        plain._modules = {
+            **self._modules,
+            "network": self.network.folded(maps),
+            "hidden": folded(self.hidden, self.changes(positions, facts)),
+            "modulation": None,
+        }
+        return plain
+
     def forward(self, x: Tensor) -> Tensor:
         """The network's input (N, C, H, W) -> (N, 2, H, W): its result, and the standard deviation of the error before calibration."""
         with torch.no_grad():
             features, positions, facts = self.network.features(x)
             result = self.network.result(x, features)
-        modulation = self.modulation(positions) + self.adaptation(facts)[:, :, None, None]
-        scale, shift = modulation.chunk(2, 1)
         hidden = self.hidden(features)
-        hidden = F.relu(torch.addcmul(hidden + shift, hidden, scale))
-        hidden = F.relu(self.second(hidden))
+        if self.modulation is not None:
+            scale, shift = self.changes(positions, facts).chunk(2, 1)
+            hidden = torch.addcmul(hidden + shift, hidden, scale)
+        hidden = F.relu(self.second(F.relu(hidden)))
         logarithm = F.pixel_shuffle(self.logarithm(hidden), self.network.stride)[..., : x.shape[2], : x.shape[3]]
         deviation = FLOOR + (logarithm.float() + START).clamp(max=0).exp()
         return torch.cat([result.float(), deviation], 1)
+
+    def changes(self, positions: Tensor, facts: Tensor) -> Tensor:
+        """By how much the first features are scaled and shifted: (N, 2 * features, h, w)."""
+        return self.modulation(positions) + self.adaptation(facts)[:, :, None, None]
 
 
 def check_network(network: nn.Module) -> PixelShuffleResidualNet:

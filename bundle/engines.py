@@ -55,7 +55,7 @@ class VolumeInference(SupervisedEvaluator):
                 "configs/inference_torchscript.json for TorchScript"
             )
         super().__init__(val_handlers=val_handlers, **kwargs)
-        self.results, self.save = results, Compose([inspection, postprocessing, saving])
+        self.results, self.inspect, self.save = results, inspection, Compose([postprocessing, saving])
         self.failures: list[tuple[str, str]] = []
         self.passed_over: list[str] = []
         self.done_before = 0
@@ -107,7 +107,7 @@ class VolumeInference(SupervisedEvaluator):
             raise InputError(f"{len(self.failures)} of {total} volumes failed, {where}; {self.failures[0][1]}")
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: list[dict]) -> dict:  # type: ignore[override]
-        (item,) = batchdata
+        item = batchdata.pop()  # the engine keeps the list, which would keep the volume in memory
         if "passed_over" in item:
             self.passed_over.append(item["passed_over"])
             logger.warning("passed over: %s", item["passed_over"])
@@ -123,7 +123,10 @@ class VolumeInference(SupervisedEvaluator):
             pred = self.predict(item["image"])
             if isinstance(self.network, WithUncertainty):
                 item = {**item, "sd": self.network.calibration(pred[1:])}
-            self.save({**item, "pred": pred[:1]})
+            item = self.inspect({**item, "pred": pred[:1]})
+            item["image"] = _without_voxels(item["image"])
+            del pred
+            self.save(item)
         except Exception as e:
             full = full_disk(e)
             if full is not None:  # all other volumes would fail too
@@ -142,6 +145,11 @@ class VolumeInference(SupervisedEvaluator):
     def _write_failures(self, path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([("volume", "reason"), *self.failures])
+
+
+def _without_voxels(image: MetaTensor) -> MetaTensor:
+    """What inversion and saving need of the interpolated volume, which is as large as the result: its metadata."""
+    return MetaTensor(image.as_tensor().new_empty((1, 0, 0, 0)), meta=image.meta, applied_operations=image.applied_operations)
 
 
 def _volume(item: dict) -> str:

@@ -37,7 +37,7 @@ __all__ = [
 
 INTERVAL = 0.9
 Z = 1.645  # standard deviations on each side, which hold 90 % of a normal distribution; calibration makes them hold 90 % of the errors
-EXPONENTS = np.arange(0.3, 1.21, 0.05)
+EXPONENTS = np.arange(0.3, 2.01, 0.05)
 SAMPLED = 50_000  # voxels of the head, of each volume in each acquisition
 BRIGHT = 0.1  # mean intensity of 5 x 5 pixels in the head
 REGION = 6  # pixels, along both sides

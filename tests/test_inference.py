@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import gc
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ from bundle.errors import reason
 from bundle.inferers import OrthogonalSlices
 from bundle.intensity import find_scale
 from bundle.resampling import upsample
-from bundle.results import Consistencyd
+from bundle.results import Consistencyd, SaveVolumed
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "inference.json")
@@ -87,6 +88,20 @@ def stored(request, tmp_path):
     axcodes, shape, degrees, arguments = GEOMETRIES[request.param]
     array, to_world = toy.stored_as(axcodes, outlying(toy.head(shape)), toy.affine((0.9, 1.2, 3.0), degrees, (-80, 95, -60)))
     return toy.write_nifti(tmp_path / "in" / "sub.nii.gz", array, to_world, **arguments)
+
+
+def test_only_the_result_is_in_memory_while_it_is_saved(infer, tmp_path, monkeypatch):
+    scan = toy.write_nifti(tmp_path / "in" / "sub.nii.gz", toy.head((30, 34, 9)))
+    save, held = SaveVolumed.__call__, []
+
+    def saved(self, data):
+        tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and item.numel() >= 60 * 68 * 9]
+        held.append({item.untyped_storage().data_ptr() for item in tensors})
+        return save(self, data)
+
+    monkeypatch.setattr(SaveVolumed, "__call__", saved)
+    infer(scan)
+    assert [len(storages) for storages in held] == [1]
 
 
 class TestGeometryAndIntensity:

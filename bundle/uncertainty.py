@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .checkpoints import load_weights
 from .errors import InputError, switch
 from .files import sha256, write_json
-from .networks.uncertainty import Calibration, WithUncertainty, check_network
+from .networks.uncertainty import FLOOR, Calibration, WithUncertainty, check_network
 
 __all__ = [
     "INTERVAL",
@@ -113,16 +113,17 @@ class Cell(NamedTuple):
 
     errors: np.ndarray  # (SAMPLED,), magnitudes at random voxels of the head
     deviations: np.ndarray  # of the map before calibration, at the same voxels
+    neighbours: np.ndarray  # root mean squares of the true errors of their 24 neighbours: what even a map that knew these could say
     rank: float  # of the map and the magnitude of the error, voxel by voxel
-    rank_of_neighbours: float  # of the magnitude of the error and the root mean square of those of its 24 neighbours
+    rank_of_neighbours: float  # of the neighbours and the magnitude of the error
     rank_of_regions: float  # of the root mean squares of map and error over regions of 6 x 6 pixels
 
 
 def measured(result: Tensor, deviation: Tensor, truth: Tensor) -> Cell:
     """Compare a map with the true errors in the head (:func:`head_of`), on the scale of the intensities.
 
-    The magnitude of a single error is mostly chance, whatever its standard deviation: ``rank_of_neighbours`` says what even a map reaches
-    that knows the true errors around each voxel. ``rank_of_regions`` averages over chance.
+    The magnitude of a single error is mostly chance, whatever its standard deviation: ``neighbours`` say what even a map reaches that knows
+    the true errors around each voxel. ``rank_of_regions`` averages over chance.
 
     Args:
         result, deviation, truth: (N, H, W). Regions lie in the last two axes.
@@ -130,14 +131,14 @@ def measured(result: Tensor, deviation: Tensor, truth: Tensor) -> Cell:
     inside = head_of(truth)
     error = (result - truth).double()
     errors, deviations = error[inside].abs(), deviation[inside].double()
-    around = (25 * F.avg_pool2d(error.square(), 5, 1, 2) - error.square())[inside]
+    around = ((25 * F.avg_pool2d(error.square(), 5, 1, 2) - error.square()) / 24)[inside].clamp(min=0).sqrt() + FLOOR
     # with replacement: every volume counts alike, whatever its size
     some = torch.from_numpy(np.random.default_rng(0).choice(len(errors), SAMPLED))
     errors, deviations, around = errors[some], deviations[some], around[some]
     weight = F.avg_pool2d(inside.double(), REGION)
     squares = (F.avg_pool2d(v.double().square() * inside, REGION)[weight > 0.5] / weight[weight > 0.5] for v in (error, deviation))
     ranks = _rank(errors, deviations), _rank(errors, around), _rank(*squares)
-    return Cell(errors.numpy(), deviations.numpy(), *ranks)
+    return Cell(errors.numpy(), deviations.numpy(), around.numpy(), *ranks)
 
 
 def head_of(truth: Tensor) -> Tensor:
@@ -182,14 +183,15 @@ def quality(rows: Mapping[str, Mapping[str, Cell]], calibrations: Mapping[str, C
     Returns:
         for each acquisition, and for ``"all"`` of them: the number of ``"volumes"``; the ``"coverage"`` of the 90 % interval, mean over
         volumes, ``"smallest"`` and ``"largest"``; the means of the ranks of :class:`Cell`; the mean ``"width"`` of the interval, on the
-        intensity scale; and that of the ``"constant"`` interval that covers as much of this acquisition.
+        intensity scale; and the widths of two intervals that cover as much of this acquisition: a ``"constant"`` one, and one in proportion
+        to the ``"neighbours"``.
     """
     table = {}
     for row in (*rows, "all"):
         of_row = [(cell, calibrations[volume]) for name in (rows if row == "all" else [row]) for volume, cell in rows[name].items()]
         halves = [Z * values(cell.deviations) for cell, values in of_row]
         covered = [float(np.mean(cell.errors <= half)) for half, (cell, _) in zip(halves, of_row)]
-        errors = np.concatenate([cell.errors for cell, _ in of_row])
+        errors, neighbours = (np.concatenate([getattr(cell, name) for cell, _ in of_row]) for name in ("errors", "neighbours"))
         table[row] = {
             "volumes": len(of_row),
             "coverage": float(np.mean(covered)),
@@ -198,6 +200,7 @@ def quality(rows: Mapping[str, Mapping[str, Cell]], calibrations: Mapping[str, C
             **{name: float(np.mean([getattr(cell, name) for cell, _ in of_row])) for name in RANKS},
             "width": 2 * float(np.mean(halves)),
             "constant": 2 * float(np.quantile(errors, np.mean(covered))),
+            "neighbours": 2 * float(np.quantile(errors / neighbours, np.mean(covered)) * neighbours.mean()),
         }
     return table
 
@@ -241,14 +244,14 @@ def markdown(table: Mapping[str, Mapping[str, float]]) -> str:
     """The table of :func:`quality`."""
     lines = [
         "| low resolution | volumes | coverage of the 90 % interval: mean (smallest to largest) | rank correlation with the error: voxels "
-        "| neighbours' true errors | regions | mean width | constant interval (the map against it) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| neighbours' true errors | regions | width of a constant interval | the map against it | neighbours' true errors |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row, q in table.items():
         lines.append(
             f"| {row} | {q['volumes']} | {100 * q['coverage']:.1f} % ({100 * q['smallest']:.1f} to {100 * q['largest']:.1f} %) "
-            f"| {q['rank']:.2f} | {q['rank_of_neighbours']:.2f} | {q['rank_of_regions']:.2f} | {q['width']:.4f} "
-            f"| {q['constant']:.4f} ({100 * q['width'] / q['constant'] - 100:+.0f} %) |"
+            f"| {q['rank']:.2f} | {q['rank_of_neighbours']:.2f} | {q['rank_of_regions']:.2f} | {q['constant']:.4f} "
+            f"| {100 * q['width'] / q['constant'] - 100:+.0f} % | {100 * q['neighbours'] / q['constant'] - 100:+.0f} % |"
         )
     return "\n".join(lines) + "\n"
 

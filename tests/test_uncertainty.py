@@ -135,9 +135,11 @@ class TestHead:
 
 
 class TestCalibration:
-    def cell(self, scale, count=40_000, seed=0, varied=True):
+    def cell(self, scale, count=40_000, seed=0, varied=True, side=1):
+        """Of a map that is right up to ``scale``, with one standard deviation in each square of ``side`` pixels."""
         random = np.random.default_rng(seed)
-        deviation = torch.as_tensor(random.uniform(0.01, 0.1 if varied else 0.0101, (1, count // 100, 100)))
+        deviation = torch.as_tensor(random.uniform(0.01, 0.1 if varied else 0.0101, (1, count // 100 // side, 100 // side)))
+        deviation = deviation.repeat_interleave(side, 1).repeat_interleave(side, 2)
         truth = torch.full_like(deviation, 0.5)
         return measured(truth + scale * deviation * torch.as_tensor(random.standard_normal((1, count // 100, 100))), deviation, truth)
 
@@ -164,6 +166,9 @@ class TestCalibration:
         assert found["coverage"] == pytest.approx(0.9, abs=0.01)
         assert found["rank"] > 0.4
         assert found["width"] < 0.95 * found["constant"]
+        assert found["neighbours"] > found["constant"]  # here, neighbours say nothing about an error
+        smooth = quality({"a": {"v1": self.cell(2.0, side=10)}}, {"v1": Calibration(2.0)})["a"]
+        assert found["width"] * 0.9 < smooth["neighbours"] < 0.95 * smooth["constant"]
         blind = quality({"a": {"v1": self.cell(2.0, varied=False)}}, {"v1": Calibration(2.0)})["a"]
         assert abs(blind["rank"]) < 0.05
         assert blind["width"] == pytest.approx(blind["constant"], rel=0.02)

@@ -249,7 +249,9 @@ def acquired_fraction(image: Tensor, axis: int) -> float:
     size = image.shape[axis]
     if size < 32:
         return 1.0
-    power = torch.fft.rfft(image.float(), dim=axis).abs().square().movedim(axis, -1).flatten(0, -2).mean(0)
+    lines = image.movedim(axis, -1)
+    parts = lines if lines.ndim > 2 else lines[None]  # the spectrum of a whole volume would need twice its memory
+    power = sum(torch.fft.rfft(part.float()).abs().square().reshape(-1, size // 2 + 1).mean(0) for part in parts) / len(parts)
     level = 10 * (power + power.max() * 1e-12).log10().numpy()
     half = max(2, round(0.05 * len(level)))  # levels are compared over this many frequencies on either side
     steps = [level[i - half : i].mean() - level[i : i + half].mean() for i in range(half, len(level) - half + 1)]

@@ -132,7 +132,10 @@ class ForegroundInferer(SliceInferer):
                 boxes[n] = box
         if self.facts:
             # slice by slice: intermediate results for the whole volume would take half of its memory
-            measured = torch.stack([measured_samples(plane, factors, self.interpolation) for plane in planes])
+            first = measured_samples(planes[0], factors, self.interpolation)
+            measured = first.new_empty(len(planes), *first.shape)
+            for n, plane in enumerate(planes):
+                measured[n] = measured_samples(plane, factors, self.interpolation)
             facts = self._facts(inputs, measured, across)
 
         def told(kinds: Tensor | None) -> tuple[Callable[..., Any], Callable[[slice, slice], Tensor] | None]:

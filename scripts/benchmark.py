@@ -7,6 +7,7 @@ to a JSON file, whose other rows it keeps. With --page it also writes all tables
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from pathlib import Path
 import monai
 import nibabel as nib
 import numpy as np
+import psutil
 import torch
 from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
@@ -374,13 +376,30 @@ def timed_run(
     started = time.perf_counter()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": threads})
-        _, status, usage = os.wait4(process.pid, 0)  # includes child processes that it waited for
+        peak, ended = 0, 0
+        while not ended:
+            peak = max(peak, peak_memory(process.pid))
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)  # includes child processes that it waited for
+            time.sleep(0.02)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             log.seek(0)
             raise RuntimeError(f"{' '.join(command)} failed:\n{log.read().decode()[-2000:]}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return time.perf_counter() - started, usage.ru_maxrss * unit / 1e9, usage.ru_utime + usage.ru_stime
+    return time.perf_counter() - started, peak / 1e9, usage.ru_utime + usage.ru_stime
+
+
+def peak_memory(pid: int) -> int:
+    """Peak memory in bytes, so far, of the largest among a process and its children: that of a process that ended holds the peak of its
+    parent too."""
+    peak = 0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(OSError, psutil.Error):
+                status = Path(f"/proc/{one.pid}/status")  # without it, the present memory instead of the peak
+                found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+                peak = max(peak, int(found[1]) * 1024 if found else one.memory_info().rss)
+    return peak
 
 
 def head(side: int, slices: int, filled: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -132,10 +133,11 @@ class ForegroundInferer(SliceInferer):
                 boxes[n] = box
         if self.facts:
             # slice by slice: intermediate results for the whole volume would take half of its memory
-            first = measured_samples(planes[0], factors, self.interpolation)
+            samples = (measured_samples(plane, factors, self.interpolation) for plane in planes)
+            first = next(samples)
             measured = first.new_empty(len(planes), *first.shape)
-            for n, plane in enumerate(planes):
-                measured[n] = measured_samples(plane, factors, self.interpolation)
+            for n, of_plane in enumerate(itertools.chain([first], samples)):
+                measured[n] = of_plane
             facts = self._facts(inputs, measured, across)
 
         def told(kinds: Tensor | None) -> tuple[Callable[..., Any], Callable[[slice, slice], Tensor] | None]:

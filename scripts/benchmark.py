@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -376,21 +377,28 @@ def timed_run(
     started = time.perf_counter()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": threads})
-        peak, ended = 0, 0
-        while not ended:
-            peak = max(peak, peak_memory(process.pid))
-            ended, status, usage = os.wait4(process.pid, os.WNOHANG)  # includes child processes that it waited for
-            time.sleep(0.02)
+        peaks, ended = [0], threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.2):
+                peaks.append(peak_memory(process.pid))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        _, status, usage = os.wait4(process.pid, 0)  # includes child processes that it waited for
+        seconds = time.perf_counter() - started
+        ended.set()
+        watcher.join()
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             log.seek(0)
             raise RuntimeError(f"{' '.join(command)} failed:\n{log.read().decode()[-2000:]}")
-    return time.perf_counter() - started, peak / 1e9, usage.ru_utime + usage.ru_stime
+    return seconds, max(peaks) / 1e9, usage.ru_utime + usage.ru_stime
 
 
 def peak_memory(pid: int) -> int:
-    """Peak memory in bytes, so far, of the largest among a process and its children: that of a process that ended holds the peak of its
-    parent too."""
+    """Peak memory so far, in bytes, of the largest among a process and its children. What ``wait4`` reports is no substitute: it includes
+    the peak of the parent."""
     peak = 0
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)

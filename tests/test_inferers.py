@@ -17,6 +17,7 @@ from bundle.conditions import FACTS, positions
 from bundle.errors import InputError
 from bundle.inferers import AutocastInferer, ForegroundInferer, OrthogonalSlices, foreground_box
 from bundle.networks import RCAN, MultiScaleResidualNet, PixelShuffleResidualNet, WithUncertainty, use_fft_convolutions
+from bundle.networks.pixel_shuffle_residual import IMAGES
 from bundle.resampling import downsample, enlarge
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "inference.json")
@@ -214,10 +215,10 @@ def test_folded_conditions_change_nothing(factors, folds, kind, monkeypatch):
     network.register_forward_hook(lambda _, inputs, result: channels.add(inputs[0].shape[1]))
     with torch.no_grad():
         given = inferer(image, network)
-        assert (4 + 6 + FACTS in channels) != folds
+        assert (IMAGES + 6 + FACTS in channels) != folds
         monkeypatch.delattr(kind, "folded")
         expected = inferer(image, network)
-    assert 4 + 6 + FACTS in channels and float((expected - image).abs().max()) > 0.1
+    assert IMAGES + 6 + FACTS in channels and float((expected - image).abs().max()) > 0.1
     torch.testing.assert_close(given.as_tensor(), expected.as_tensor(), atol=1e-4, rtol=1e-4)
 
 

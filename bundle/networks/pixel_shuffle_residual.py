@@ -64,15 +64,18 @@ class PixelShuffleResidualNet(nn.Module):
             raise ValueError(f"{self.channels} channels expected, got {x.shape[1]}")
         height, width = x.shape[-2:]
         padded = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
-        first = self.images  # index of the first position map; the third and the sixth map are constant
-        shallow = deep = self.shallow(F.pixel_unshuffle(padded[:, :first], self.stride))
-        positions = F.pixel_unshuffle(padded[:, first : first + 6], self.stride)
-        facts = x[:, :0, 0, 0]
-        if self.embedding is not None:
-            facts = self.embedding(torch.cat([x[:, first + 2 : first + 3, 0, 0], x[:, first + 5 :, 0, 0]], 1))
+        shallow = deep = self.shallow(F.pixel_unshuffle(padded[:, : self.images], self.stride))
+        positions, facts = self.embedded(padded[:, self.images :])
         for layer in self.deep:
             deep = layer(deep, positions, facts)
         return shallow + deep, positions, facts
+
+    def embedded(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """From the positions and facts (N, C, H, W) of an input: the positions on the coarse grid, and the embedded facts."""
+        positions = F.pixel_unshuffle(maps[:, :6], self.stride)
+        if self.embedding is None:
+            return positions, maps[:, :0, 0, 0]
+        return positions, self.embedding(torch.cat([maps[:, 2:3, 0, 0], maps[:, 5:, 0, 0]], 1))  # both factors, then the facts
 
     @torch.no_grad()
     def folded(self, maps: Tensor) -> PixelShuffleResidualNet:
@@ -84,12 +87,10 @@ class PixelShuffleResidualNet(nn.Module):
         Args:
             maps: (6 + facts, stride, stride), positions and facts of the first group.
         """
-        plain = PixelShuffleResidualNet(self.reconstruct.in_channels, len(self.deep) - 1, self.stride).to(maps.device).eval()
-        plain.images = plain.channels = self.images
-        plain.shallow, plain.reconstruct = self.shallow, self.reconstruct
-        _, positions, facts = self.features(torch.cat([maps.new_zeros(self.images, *maps.shape[1:]), maps])[None])
+        positions, facts = self.embedded(maps[None])
         blocks = [layer.folded(positions, facts) if isinstance(layer, ResidualBlock) else layer for layer in self.deep]
-        plain.deep = nn.ModuleList(blocks)
+        plain = with_modules(self, deep=nn.ModuleList(blocks), embedding=None)
+        plain.channels = self.images
         return plain
 
     def result(self, x: Tensor, features: Tensor) -> Tensor:
@@ -122,11 +123,16 @@ class ResidualBlock(nn.Module):
 
     def folded(self, positions: Tensor, facts: Tensor) -> ResidualBlock:
         """This block for constant positions (1, position_channels, 1, 1) and facts (1, embedded), without modulation."""
-        plain = copy.copy(self)
-        plain._modules = {**self._modules, "modulation": None, "adaptation": None}
         first, *others = self.body
-        plain.body = nn.Sequential(folded(first, self.changes(positions, facts)), *others)
-        return plain
+        body = nn.Sequential(folded(first, self.changes(positions, facts)), *others)
+        return with_modules(self, body=body, modulation=None, adaptation=None)
+
+
+def with_modules(module: Any, **modules: nn.Module | None) -> Any:
+    """A copy of a module with some other submodules. It shares the rest."""
+    copied = copy.copy(module)
+    copied._modules = {**module._modules, **modules}
+    return copied
 
 
 def folded(convolution: Any, changes: Tensor) -> Any:

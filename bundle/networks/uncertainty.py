@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from ..checkpoints import load_weights
 from ..errors import InputError
 from .initialization import start_at_zero
-from .pixel_shuffle_residual import PixelShuffleResidualNet, folded
+from .pixel_shuffle_residual import PixelShuffleResidualNet, folded, with_modules
 
 __all__ = ["Calibration", "WithUncertainty", "check_network", "hash_of_weights"]
 
@@ -70,15 +69,8 @@ class WithUncertainty(nn.Module):
     @torch.no_grad()
     def folded(self, maps: Tensor) -> WithUncertainty:
         """Network and head for one scan, see :meth:`PixelShuffleResidualNet.folded`."""
-        _, positions, facts = self.network.features(torch.cat([maps.new_zeros(self.network.images, *maps.shape[1:]), maps])[None])
-        plain = copy.copy(self)
-        plain._modules = {
-            **self._modules,
-            "network": self.network.folded(maps),
-            "hidden": folded(self.hidden, self.changes(positions, facts)),
-            "modulation": None,
-        }
-        return plain
+        hidden = folded(self.hidden, self.changes(*self.network.embedded(maps[None])))
+        return with_modules(self, network=self.network.folded(maps), hidden=hidden, modulation=None)
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's input (N, C, H, W) -> (N, 2, H, W): its result, and the standard deviation of the error before calibration."""

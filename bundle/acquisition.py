@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -24,16 +24,16 @@ from .errors import InputError
 from .resampling import PIXEL_FRACTION, downsample
 
 __all__ = [
-    "FREQUENCIES",
-    "KINDS",
+    "ACROSS",
     "PROFILES",
     "WINDOWS",
+    "WITHIN",
     "Acquisition",
+    "Kinds",
     "Sampling",
     "acquired_fraction",
     "alternate_brightness",
     "cut_to_acquired",
-    "kind_of",
     "kspace_filter",
     "sampled",
     "sampling_matrix",
@@ -88,24 +88,71 @@ class Sampling:
         return max(1, math.ceil(size / self.factor - PIXEL_FRACTION))
 
 
-GAUSSIAN = (0.75, 0.85, 0.95, 1.05, 1.15, 1.25, 1.35)  # widths: centres of the kinds
-KINDS = (
-    *(Sampling(window=window) for window in WINDOWS),
-    Sampling(profile="bicubic"),
-    Sampling(profile="box"),
-    *(Sampling(profile="gaussian", width=width) for width in GAUSSIAN),
-)  # of sampling within the plane
-FREQUENCIES = (0.35, 0.075, 0.075, 0.16, 0.14, *len(GAUSSIAN) * (0.2 / len(GAUSSIAN),))  # of the kinds in training
+@dataclass(frozen=True)
+class Kinds:
+    """Kinds of sampling that are told apart.
+
+    Args:
+        samplings: one of each kind; its factor is 1.
+        frequencies: how often training draws each, in total 1.
+        spread: by how much the width varies within a kind, where a profile has kinds of several widths.
+    """
+
+    samplings: tuple[Sampling, ...]
+    frequencies: tuple[float, ...]
+    spread: float
+
+    def __len__(self) -> int:
+        return len(self.samplings)
+
+    def index(self, sampling: Sampling) -> int:
+        """Kind of a sampling: that of the same profile and window with the nearest width.
+
+        Raises:
+            InputError: if there is none.
+        """
+        same = [n for n, kind in enumerate(self.samplings) if (kind.profile, kind.window) == (sampling.profile, sampling.window)]
+        if not same:
+            raise InputError(f"a sampling with the profile {sampling.profile!r} is not recognised here")
+        return min(same, key=lambda n: abs(self.samplings[n].width - sampling.width))
+
+    def draw(self, random: np.random.Generator) -> Sampling:
+        """A random sampling, its factor 1."""
+        kind = self.samplings[random.choice(len(self), p=self.frequencies)]
+        several = sum(other.profile == kind.profile and other.width != kind.width for other in self.samplings)
+        return replace(kind, width=kind.width + random.uniform(-self.spread, self.spread)) if several else kind
+
+    def priors(self, width: float = 0.0, profile: str | None = None) -> Tensor:
+        """Probabilities (kinds,) of the kinds before the scan is looked at.
+
+        Args:
+            width: of the slice profile, if it is known: only the kinds of the nearest width are then possible.
+            profile: the profile, if it is known.
+        """
+        nearest = {self.index(replace(kind, width=width)) for kind in self.samplings if width}
+        possible = [(profile in (None, kind.profile)) and (not width or n in nearest) for n, kind in enumerate(self.samplings)]
+        priors = torch.tensor(self.frequencies) * torch.tensor(possible)
+        return priors / priors.sum()
 
 
-def kind_of(sampling: Sampling) -> int:
-    """Index into :data:`KINDS`; a Gaussian belongs to the kind of the nearest width."""
-    if sampling.profile == "gaussian":
-        return len(KINDS) - len(GAUSSIAN) + min(range(len(GAUSSIAN)), key=lambda n: abs(GAUSSIAN[n] - sampling.width))
-    for index, kind in enumerate(KINDS):
-        if (kind.profile, kind.window) == (sampling.profile, sampling.window):
-            return index
-    raise InputError(f"a sampling with the profile {sampling.profile!r} is not recognised within the plane")
+SPREADS = ("gaussian", "box", "trapezoid")  # profiles that have a width
+GAUSSIAN = (0.75, 0.85, 0.95, 1.05, 1.15, 1.25, 1.35)  # widths
+WITHIN = Kinds(
+    (
+        *(Sampling(window=window) for window in WINDOWS),
+        Sampling(profile="bicubic"),
+        Sampling(profile="box"),
+        *(Sampling(profile="gaussian", width=width) for width in GAUSSIAN),
+    ),
+    (0.35, 0.075, 0.075, 0.16, 0.14, *len(GAUSSIAN) * (0.2 / len(GAUSSIAN),)),
+    0.05,
+)  # the plane of the slices
+THICKNESSES = {0.68: 0.12, 0.84: 0.14, 1.0: 0.62, 1.16: 0.12}  # in slice distances, and their frequencies
+ACROSS = Kinds(
+    tuple(Sampling(profile=profile, width=width) for profile in SPREADS for width in THICKNESSES),
+    tuple(share * frequency for share in (0.4, 0.3, 0.3) for frequency in THICKNESSES.values()),
+    0.08,
+)  # thick slices
 
 
 @dataclass(frozen=True)
@@ -141,7 +188,7 @@ class Acquisition:
         first = image.ndim - len(self.axes)
         image = sampled(image, self.axes)
         if self.brightness:
-            axis = first + max((n for n, s in enumerate(self.axes) if s.profile in ("gaussian", "box", "trapezoid")), default=0)
+            axis = first + max((n for n, s in enumerate(self.axes) if s.profile in SPREADS), default=0)
             gains = alternate_brightness(image.shape[axis], self.brightness, random).to(image)
             image = image * gains.view(-1, *[1] * (image.ndim - 1 - axis))
         channels = [image]

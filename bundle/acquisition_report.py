@@ -86,7 +86,7 @@ def measure_acquisitions(
         interpolation: in-plane interpolation of the network's input.
         slices: number of evenly spaced axial slices per volume for the in-plane rows; for thick slices, all planes are used.
         tell_noise: whether the network receives the true noise instead of the measured one.
-        recognition: recognises the acquisition within the plane, see :class:`bundle.inferers.ForegroundInferer`.
+        recognition: recognises the acquisition, see :class:`bundle.inferers.ForegroundInferer`.
         precision: number format of the network's convolutions (:func:`bundle.precision.choose`).
         device: device of the network; ``None`` is the CPU.
         seed: seed of the noise.
@@ -106,11 +106,11 @@ def measure_acquisitions(
     options: dict[str, Any] = {"positions": positions, "facts": facts, "precision": precision, "sw_batch_size": 4}
 
     def apply(volume: Tensor, meta: dict, noise: float, orthogonal: bool = False) -> Tensor:
-        kwargs = {**options, "noise": noise if tell_noise else None}
+        kwargs = {**options, "noise": noise if tell_noise else None, "recognition": recognition}
         inferer = (
             OrthogonalSlices(**kwargs)
             if orthogonal
-            else ForegroundInferer(roi_size=(-1, -1), spatial_dim=2, interpolation=interpolation, recognition=recognition, **kwargs)
+            else ForegroundInferer(roi_size=(-1, -1), spatial_dim=2, interpolation=interpolation, **kwargs)
         )
         with torch.no_grad():
             result = inferer(MetaTensor(volume[None, None], meta=meta).to(device), network)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .acquisition import KINDS
+from .acquisition import WITHIN
 from .resampling import PIXEL_FRACTION, downsample, enlarge
 
 __all__ = [
@@ -34,7 +34,7 @@ CORNER = 0.7  # Nyquist frequencies: if both frequencies are above, noise domina
 SLICES = 32  # used for the facts, at most
 FOREGROUND = 0.05  # of the intensity scale
 SPECTRUM = 2 * (len(BANDS) - 2)  # numbers that describe it
-FACTS = 3 + SPECTRUM + len(KINDS)  # constant maps that conditions() adds
+FACTS = 3 + SPECTRUM + len(WITHIN)  # constant maps that conditions() adds
 
 
 def positions(factors: Sequence[float], rows: slice, columns: slice) -> Tensor:
@@ -74,15 +74,15 @@ def conditions(
         widths: for the rows and the columns, slice thickness divided by slice distance; 0 if unknown or not across thick slices.
         noise: standard deviation, on the scale of the intensities.
         spectrum: (10,), see :func:`spectral_facts`.
-        kinds: (12,), the probabilities of the kinds of sampling (:data:`bundle.acquisition.KINDS`); ``None`` across thick slices, where
-            they are 0.
+        kinds: (12,), the probabilities of the kinds of sampling: of :data:`bundle.acquisition.ACROSS` if an axis runs across thick slices,
+            else of :data:`bundle.acquisition.WITHIN`. ``None`` gives zeros.
 
     Returns:
         (6 + 25, H, W): :func:`positions`, then constant maps of both widths, of the noise in units of 0.02, of the spectrum, and of the
         probabilities, all of order 1.
     """
     maps = positions(factors, rows, columns)
-    kinds = torch.zeros(len(KINDS)) if kinds is None else kinds.cpu()
+    kinds = torch.zeros(len(WITHIN)) if kinds is None else kinds.cpu()
     facts = torch.cat([torch.tensor([*widths, noise / NOISE_UNIT]), spectrum.cpu(), kinds]).float()
     return torch.cat([maps, facts[:, None, None].expand(FACTS, *maps.shape[1:])])
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .acquisition import GAUSSIAN, KINDS, Sampling, acquired_fraction, kspace_filter, sampling_matrix
+from .acquisition import ACROSS, WITHIN, Kinds, Sampling, acquired_fraction, kspace_filter, sampling_matrix
 from .checkpoints import load_weights
 from .errors import InputError
 from .files import sha256
@@ -33,7 +33,7 @@ __all__ = ["Correction", "Recognition", "RecognitionLoss", "Recognized", "recogn
 SIZE = 96  # side of the slices that the classifier sees
 SLICES = 16  # of a scan that it sees, at most
 NOISE_UNIT = 0.02  # of the classifier's output
-EQUAL = 0.018  # noise as large as the usual error of the network: both then count alike; smaller values lose more small lesions
+EQUAL = 0.012  # noise as large as the usual error of the network: both then count alike; smaller values lose more small lesions
 SMALLEST = 0.03  # w without noise: samples are rounded, and the model of the sampling is not exact
 SCANNER = 1.0  # logarithm of the prior odds of k-space truncation against any other kind, because scanners truncate
 DOUBT = 2.0  # part of w if the kind is as likely wrong as right
@@ -54,36 +54,47 @@ class Recognized:
     """How the refined axes of a scan were sampled.
 
     Args:
-        kinds: (12,), the probabilities of :data:`bundle.acquisition.KINDS`.
+        kinds: (12,), the probabilities of the kinds.
         noise: standard deviation that the acquisition added, on the scale of the intensities.
+        known: the kinds.
+        width: of the slice profile, if the header gave it.
     """
 
     kinds: Tensor
     noise: float
+    known: Kinds = WITHIN
+    width: float = 0.0
 
     @functools.cached_property
-    def _profiles(self) -> Tensor:
-        """Probabilities of the profiles: all Gaussians count as one."""
-        return torch.cat([self.kinds[: -len(GAUSSIAN)], self.kinds[-len(GAUSSIAN) :].sum(0, keepdim=True)])
+    def _best(self) -> list[int]:
+        """The kinds of the most probable profile, the most probable first. They differ in their widths; box and trapezoid count as one."""
+        profiles: dict[tuple[str, str], list[int]] = {}
+        for n in self.kinds.argsort(descending=True).tolist():
+            kind = self.known.samplings[n]
+            profiles.setdefault((kind.profile.replace("trapezoid", "box"), kind.window), []).append(n)
+        return max(profiles.values(), key=lambda same: float(self.kinds[same].sum()))
 
     @property
     def probability(self) -> float:
         """That the profile is right."""
-        return float(self._profiles.max())
+        return float(self.kinds[self._best].sum())
 
     @functools.cached_property
     def sampling(self) -> Sampling:
         """The most probable profile, with its width and window; its factor is 1."""
-        sampling = KINDS[int(self._profiles.argmax())]
-        if sampling.profile != "gaussian":
-            return sampling
-        gaussian = self.kinds[-len(GAUSSIAN) :]
-        return replace(sampling, width=round(float((gaussian * torch.tensor(GAUSSIAN)).sum() / gaussian.sum()), 3))
+        probabilities = self.kinds[self._best]
+        widths = torch.tensor([self.known.samplings[n].width for n in self._best])
+        width = self.width or round(float((probabilities * widths).sum() / probabilities.sum()), 3)
+        return replace(self.known.samplings[self._best[0]], width=width)
 
     def __str__(self) -> str:
-        names = {"kspace": "k-space truncation", "gaussian": f"Gaussian point spread, {self.sampling.width:.2f} pixels wide"}
-        name = names.get(self.sampling.profile, self.sampling.profile)
-        window = "" if self.sampling.window == "none" else f" with a {self.sampling.window.capitalize()} window"
+        s = self.sampling
+        if self.known is ACROSS:
+            name = f"{s.profile} slice profile, {s.width:.2f} slice distances wide"
+        else:
+            names = {"kspace": "k-space truncation", "gaussian": f"Gaussian point spread, {s.width:.2f} pixels wide"}
+            name = names.get(s.profile, s.profile)
+        window = "" if s.window == "none" else f" with a {s.window.capitalize()} window"
         return f"{name}{window} (probability {self.probability:.2f}), noise {100 * self.noise:.1f} %"
 
     def facts(self) -> dict[str, Any]:
@@ -98,20 +109,21 @@ class Recognition:
 
     Args:
         checkpoint: weights of :class:`bundle.networks.AcquisitionClassifier`.
-        acquisition: ``"auto"``, or the profile of the sampling where it is known; the classifier then finds the width of a Gaussian, a
+        acquisition: ``"auto"``, or the profile of the sampling where it is known; the classifier then finds the width of a profile, a
             window and the noise only.
+        kinds: what it tells apart: :data:`bundle.acquisition.WITHIN` the plane, or ``ACROSS`` thick slices, which lie along the rows.
 
     Raises:
         InputError: if the weights cannot be loaded, or for another ``acquisition``.
     """
 
-    def __init__(self, checkpoint: str | Path, acquisition: str = "auto") -> None:
-        profiles = list(dict.fromkeys(kind.profile for kind in KINDS))
+    def __init__(self, checkpoint: str | Path, acquisition: str = "auto", kinds: Kinds = WITHIN) -> None:
+        profiles = list(dict.fromkeys(kind.profile for kind in kinds.samplings))
         if acquisition not in ("auto", *profiles):
             raise InputError(f"acquisition must be auto, unknown, {', '.join(profiles[:-1])} or {profiles[-1]}, got {acquisition!r}")
-        self.possible = torch.tensor([acquisition in ("auto", kind.profile) for kind in KINDS])
+        self.kinds, self.profile = kinds, None if acquisition == "auto" else acquisition
         self.weights = sha256(checkpoint) if Path(checkpoint).is_file() else None
-        self.network = AcquisitionClassifier(len(KINDS), size=SIZE)
+        self.network = AcquisitionClassifier(len(kinds), size=SIZE)
         load_weights(self.network, checkpoint)
         self.network.eval()
 
@@ -120,7 +132,7 @@ class Recognition:
         filled = ((measured > 0.05).float().mean((1, 2)) > FILLED).nonzero().flatten()
         return filled[torch.linspace(0, len(filled) - 1, min(len(filled), SLICES)).round().long()].tolist()
 
-    def __call__(self, measured: Tensor, factors: Sequence[float], result: Tensor | None = None) -> Recognized | None:
+    def __call__(self, measured: Tensor, factors: Sequence[float], result: Tensor | None = None, width: float = 0.0) -> Recognized | None:
         """How the refined axes of a scan were sampled.
 
         Slices count for less than independent evidence, because neighbours resemble each other.
@@ -130,16 +142,18 @@ class Recognition:
             factors: of the rows and of the columns.
             result: the result (n, H, W) of a network that does not know the kind. The less it agrees with the samples if a kind is assumed,
                 the less likely is the kind.
+            width: of the slice profile, if the header gives it.
 
         Returns:
             ``None`` if there is no slice, or no refined axis.
         """
-        if not len(measured) or max(factors) <= 1:
+        axes = [axis for axis, factor in enumerate(factors) if factor > 1][: 1 if self.kinds is ACROSS else 2]
+        if not len(measured) or not axes:
             return None
         slices = measured.float().cpu()
         inputs = []
         for axis, factor in enumerate(factors):
-            if factor > 1:
+            if axis in axes:
                 along = [1 / factor, 1 / factors[1 - axis]]
                 for image in slices if axis == 0 else slices.mT:
                     image = window_of(image, *(max(0, side - SIZE) // 2 for side in image.shape))
@@ -148,17 +162,19 @@ class Recognition:
             output = self.network(torch.stack(inputs))
         evidence = output[:, :-1].log_softmax(1).mean(0) * math.sqrt(len(inputs))
         if result is not None:
-            residuals = _residuals(slices, result.float().cpu(), factors)
+            residuals = _residuals(slices, result.float().cpu(), factors, self.kinds)
             evidence = evidence - AGREEMENT * (residuals / residuals.min()).log()
-        evidence[0] += SCANNER
-        kinds = evidence.masked_fill(~self.possible, -math.inf).softmax(0)
-        return Recognized(kinds, max(0.0, float(output[:, -1].mean())) * NOISE_UNIT)
+        if self.kinds is WITHIN:
+            evidence[0] += SCANNER
+        kinds = evidence.masked_fill(self.kinds.priors(width, self.profile) == 0, -math.inf).softmax(0)
+        return Recognized(kinds, max(0.0, float(output[:, -1].mean())) * NOISE_UNIT, self.kinds, width)
 
 
-def recognition(acquisition: str, checkpoint: str | Path, facts: bool = True) -> Recognition | None:
+def recognition(acquisition: str, checkpoint: str | Path, facts: bool = True, across: bool = False) -> Recognition | None:
     """:class:`Recognition` for the option ``acquisition``; ``None`` for ``"unknown"``, and for networks without facts, whose results stay
     as published."""
-    return Recognition(checkpoint, acquisition) if facts and acquisition != "unknown" else None
+    kinds = ACROSS if across else WITHIN
+    return Recognition(checkpoint, acquisition, kinds) if facts and acquisition != "unknown" else None
 
 
 class Correction:
@@ -174,11 +190,11 @@ class Correction:
     def __init__(self, measured: Tensor, size: Sequence[int], factors: Sequence[float], recognized: Recognized) -> None:
         self.measured = measured
         matrices = []
-        for axis, (side, factor) in enumerate(zip(size, factors)):
+        for axis, sampling in enumerate(_samplings(recognized.sampling, factors, recognized.known)):
             coverage = 1.0
-            if recognized.sampling.profile == "kspace" and factor > 1:
+            if sampling.profile == "kspace" and sampling.factor > 1:
                 coverage = acquired_fraction(measured.cpu(), axis - 2)
-            matrices.append(_decomposed(side, replace(recognized.sampling, factor=float(factor)), round(coverage, 3)))
+            matrices.append(_decomposed(size[axis], sampling, round(coverage, 3)))
         (self.rows, u, d, v), (self.columns, u2, d2, v2) = matrices
         gain = d[:, None] * d2
         weight = SMALLEST + (recognized.noise / EQUAL) ** 2
@@ -214,11 +230,17 @@ class RecognitionLoss(nn.Module):
         return kinds + self.noise_weight * F.l1_loss(prediction[:, -1].float(), target[:, 1] / NOISE_UNIT)
 
 
-def _residuals(measured: Tensor, result: Tensor, factors: Sequence[float]) -> Tensor:
+def _samplings(kind: Sampling, factors: Sequence[float], kinds: Kinds) -> list[Sampling]:
+    """Samplings of the rows and the columns of slices of a kind. Across thick slices, only the rows are of the kind."""
+    rows, columns = (replace(kind, factor=float(factor)) for factor in factors)
+    return [rows, Sampling(columns.factor) if kinds is ACROSS else columns]
+
+
+def _residuals(measured: Tensor, result: Tensor, factors: Sequence[float], kinds: Kinds) -> Tensor:
     """Root mean square, for each kind, of what differs between the samples (n, h, w) and those that it would take of a result (n, H, W)."""
     errors = []
-    for kind in KINDS:
-        rows, columns = (_matrix(n, replace(kind, factor=float(f))).float() for n, f in zip(result.shape[1:], factors))
+    for kind in kinds.samplings:
+        rows, columns = (_matrix(n, s).float() for n, s in zip(result.shape[1:], _samplings(kind, factors, kinds)))
         errors.append((measured - rows @ result @ columns.T).square().mean().sqrt())
     return torch.stack(errors) + 1e-6
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .acquisition import FREQUENCIES
+from .acquisition import ACROSS, WITHIN
 from .conditions import conditions, measured_samples, spectral_facts, with_measured_kspace, with_neighbours, zero_filled_excess
 from .conditions import positions as subpixel_positions
-from .consistency import Correction, Recognition
+from .consistency import Correction, Recognition, Recognized
 from .errors import InputError, switch
 from .memory import release_freed_memory
 from .networks.uncertainty import WithUncertainty
 from .precision import in_precision
 
-__all__ = ["AutocastInferer", "ForegroundInferer", "OrthogonalSlices", "foreground_box"]
+__all__ = ["AutocastInferer", "ForegroundInferer", "OrthogonalSlices", "Scan", "foreground_box"]
 
 BLOCK = 4  # pixels; boxes start at multiples, so that networks which unshuffle by 2 or 4 group the pixels as in the whole slice
 WIDTHS = (0.5, 1.3)  # slice thickness over slice distance: other values were not trained, and the network does not receive them
@@ -116,120 +116,150 @@ class ForegroundInferer(SliceInferer):
         A network with an uncertainty head (:class:`bundle.networks.WithUncertainty`) adds a second channel, the standard deviation before
         calibration. Outside the boxes it is 0; with ``denoise`` below 1 it includes the noise that is put back.
         """
-        uncertain = isinstance(network, WithUncertainty)
         if not (self.skip_background or self.positions):
             every_pixel = super().__call__(inputs, in_precision(network, self.precision), *args, **kwargs)
             release_freed_memory()
             return every_pixel
-        factors, across = self._factors(inputs) if self.positions or self.denoise < 1 else ([], [])
-        outputs = torch.cat([inputs, torch.zeros_like(inputs)], 1) if uncertain else inputs.clone()
+        scan = self.scan(inputs, network, *args, **kwargs)
+        return scan.restored(scan.recognized())
+
+    def scan(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Scan:
+        """A volume in the planes of this inferer."""
+        return Scan(self, inputs, network, lambda part, network: SlidingWindowInferer.__call__(self, part, network, *args, **kwargs))
+
+
+class Scan:
+    """One volume in the planes of an inferer: its slices, what they show of the acquisition, and the network's result for them.
+
+    Args:
+        inferer: the inferer, whose options apply.
+        inputs: (N, 1, three spatial axes), with metadata.
+        network: the network.
+        infer: applies a network to a part of a slice, (N, C, H, W).
+    """
+
+    def __init__(
+        self, inferer: ForegroundInferer, inputs: Tensor, network: Callable[..., Any], infer: Callable[[Tensor, Callable[..., Any]], Any]
+    ) -> None:
+        self.inferer, self.network, self.infer = inferer, network, infer
+        self.uncertain = isinstance(network, WithUncertainty)
+        self.factors, self.across = self._factors(inputs) if inferer.positions or inferer.denoise < 1 else ([], [])
+        self.outputs = torch.cat([inputs, torch.zeros_like(inputs)], 1) if self.uncertain else inputs.clone()
         # plain tensors, (slices, N, C, H, W): metadata would be copied with every part
-        planes, target = (torch.as_tensor(v).as_subclass(Tensor).movedim(self.spatial_dim + 2, 0) for v in (inputs, outputs))
-        every = slice(0, planes.shape[-2]), slice(0, planes.shape[-1])
-        boxes = {}
-        for n, plane in enumerate(planes):
-            box = foreground_box(plane, self.threshold, self.margin) if self.skip_background else every
+        self.planes, self.target = (
+            torch.as_tensor(v).as_subclass(Tensor).movedim(inferer.spatial_dim + 2, 0) for v in (inputs, self.outputs)
+        )
+        every = slice(0, self.planes.shape[-2]), slice(0, self.planes.shape[-1])
+        self.boxes = {}
+        for n, plane in enumerate(self.planes):
+            box = foreground_box(plane, inferer.threshold, inferer.margin) if inferer.skip_background else every
             if box is not None:
-                boxes[n] = box
-        if self.facts:
+                self.boxes[n] = box
+        self.kinds = None
+        if inferer.facts:
             # slice by slice: intermediate results for the whole volume would take half of its memory
-            samples = (measured_samples(plane, factors, self.interpolation) for plane in planes)
+            samples = (measured_samples(plane, self.factors, inferer.interpolation) for plane in self.planes)
             first = next(samples)
-            measured = first.new_empty(len(planes), *first.shape)
+            self.measured = first.new_empty(len(self.planes), *first.shape)
             for n, of_plane in enumerate(itertools.chain([first], samples)):
-                measured[n] = of_plane
-            facts = self._facts(inputs, measured, across)
+                self.measured[n] = of_plane
+            width = float(inputs.meta.get("slice_width", 0))  # type: ignore[attr-defined]
+            self.width = width if any(self.across) and WIDTHS[0] <= width <= WIDTHS[1] else 0.0
+            noise, self.spectrum = spectral_facts(self.measured[:, 0, 0])
+            self.noise = noise if inferer.noise is None else inferer.noise
+            self.kinds = ACROSS.priors(self.width) if any(self.across) else WITHIN.priors()
 
-        def told(kinds: Tensor | None) -> tuple[Callable[..., Any], Callable[[slice, slice], Tensor] | None]:
-            """The network for these kinds of sampling, and its condition maps for rows and columns; ``None`` if it needs none."""
+    def recognized(self) -> Recognized | None:
+        """How the scan was sampled; ``None`` if that is not asked for, or cannot be told."""
+        recognition = self.inferer.recognition
+        if not (recognition and self.inferer.facts) or any(self.across) != (recognition.kinds is ACROSS):
+            return None
+        chosen = [n for n in recognition.chosen(self.measured[:, 0, 0]) if n in self.boxes]
+        untold = self._told(self.kinds)
+        for n in chosen:  # the result of a network that does not know the kind is evidence
+            self._compute(n, *untold)
+        found = recognition(self.measured[chosen, 0, 0], self.factors, self.target[chosen, 0, 0], self.width)
+        return found if found is None or self.inferer.noise is None else replace(found, noise=self.inferer.noise)
 
-            def maps(rows: slice, columns: slice) -> Tensor:
-                found = conditions(factors, rows, columns, *facts, kinds) if self.facts else subpixel_positions(factors, rows, columns)
-                return found.to(planes)
-
-            if not self.positions:
-                return in_precision(network, self.precision), None
-            stride = getattr(network, "stride", 0)
-            if hasattr(network, "folded") and all(stride % factor == 0 for factor in factors):
-                first = slice(0, stride)
-                return in_precision(network.folded(maps(first, first)), self.precision), None
-            return in_precision(network, self.precision), maps
-
-        def compute(n: int, network: Callable[..., Any], maps: Callable[[slice, slice], Tensor] | None) -> None:
-            plane, box = planes[n], boxes[n]
-            before, _, after = with_neighbours(n, len(planes))
-            for kept, rows, columns in bands(box, self.margin, MAX_PIXELS) if self.skip_background else [(box[0], *box)]:
-                part = plane[..., rows, columns]
-                if self.facts:
-                    excess = zero_filled_excess(plane, factors, across, self.interpolation, rows, columns)
-                    part = torch.cat([part, excess, *(planes[side][..., rows, columns] for side in (before, after))], 1)
-                if maps:
-                    part = torch.cat([part, maps(rows, columns).expand(len(part), -1, -1, -1)], 1)
-                result: Any = SlidingWindowInferer.__call__(self, part, network, *args, **kwargs)
-                target[n][..., kept, columns] = result[..., kept.start - rows.start : kept.stop - rows.start, :]
-
-        kinds = None if any(across) else torch.tensor(FREQUENCIES)
-        recognized = None
-        if self.recognition and self.facts and not any(across):
-            chosen = [n for n in self.recognition.chosen(measured[:, 0, 0]) if n in boxes]
-            untold = told(kinds)
-            for n in chosen:  # the result of a network that does not know the kind is evidence
-                compute(n, *untold)
-            recognized = self.recognition(measured[chosen, 0, 0], factors, target[chosen, 0, 0])
+    def restored(self, recognized: Recognized | None) -> Any:
+        """The result: (N, 1 or 2, three spatial axes)."""
+        denoise, target = self.inferer.denoise, self.target
+        knowing = self._told(recognized.kinds if recognized else self.kinds)
+        for n in tqdm(self.boxes, unit="slice", disable=not self.inferer.show_slices):
+            self._compute(n, *knowing)
+        correction = None
         if recognized:
-            recognized = recognized if self.noise is None else replace(recognized, noise=self.noise)
-            outputs.meta["recognized"] = recognized.facts()  # type: ignore[attr-defined]
-            kinds = recognized.kinds
-        knowing = told(kinds)
-        for n in tqdm(boxes, unit="slice", disable=not self.show_slices):
-            compute(n, *knowing)
-        correction = Correction(measured, planes.shape[-2:], factors, recognized) if recognized else None
-        for n in boxes:
+            self.outputs.meta["recognized"] = recognized.facts()  # type: ignore[attr-defined]
+            if not any(self.across) or 1 in self.factors:  # how the other axis of planes across thick slices was sampled is not known
+                correction = Correction(self.measured, self.planes.shape[-2:], self.factors, recognized)
+        for n in self.boxes:
             result = target[n, :, :1]  # a view
             if correction:
                 result.copy_(correction(result, n))
-            if self.denoise < 1:
-                result.copy_(with_measured_kspace(result, planes[n], factors, 1 - self.denoise, self.interpolation))
-        if uncertain and self.denoise < 1:
-            target[:, :, 1:] = target[:, :, 1:].square().add_(((1 - self.denoise) * facts[1]) ** 2).sqrt_()
+            if denoise < 1:
+                result.copy_(with_measured_kspace(result, self.planes[n], self.factors, 1 - denoise, self.inferer.interpolation))
+        if self.uncertain and denoise < 1:
+            target[:, :, 1:] = target[:, :, 1:].square().add_(((1 - denoise) * self.noise) ** 2).sqrt_()
         release_freed_memory()
-        return outputs
+        return self.outputs
 
-    def _facts(self, inputs: Tensor, measured: Tensor, across: Sequence[bool]) -> tuple[list[float], float, Tensor]:
-        """Widths of the slice profile, noise and spectrum, those of the first volume: see :func:`bundle.conditions.conditions`."""
-        width = float(inputs.meta.get("slice_width", 0))  # type: ignore[attr-defined]
-        width = width if WIDTHS[0] <= width <= WIDTHS[1] else 0.0
-        noise, spectrum = spectral_facts(measured[:, 0, 0])
-        return [width if thick else 0.0 for thick in across], noise if self.noise is None else self.noise, spectrum
+    def _told(self, kinds: Tensor | None) -> tuple[Callable[..., Any], Callable[[slice, slice], Tensor] | None]:
+        """The network for these kinds of sampling, and its condition maps for rows and columns; ``None`` if it needs none."""
+        network, precision = self.network, self.inferer.precision
+
+        def maps(rows: slice, columns: slice) -> Tensor:
+            if self.inferer.facts:
+                widths = [self.width if thick else 0.0 for thick in self.across]
+                return conditions(self.factors, rows, columns, widths, self.noise, self.spectrum, kinds).to(self.planes)
+            return subpixel_positions(self.factors, rows, columns).to(self.planes)
+
+        if not self.inferer.positions:
+            return in_precision(network, precision), None
+        stride = getattr(network, "stride", 0)
+        if hasattr(network, "folded") and all(stride % factor == 0 for factor in self.factors):
+            first = slice(0, stride)
+            return in_precision(network.folded(maps(first, first)), precision), None
+        return in_precision(network, precision), maps
+
+    def _compute(self, n: int, network: Callable[..., Any], maps: Callable[[slice, slice], Tensor] | None) -> None:
+        inferer, planes, box = self.inferer, self.planes, self.boxes[n]
+        before, _, after = with_neighbours(n, len(planes))
+        for kept, rows, columns in bands(box, inferer.margin, MAX_PIXELS) if inferer.skip_background else [(box[0], *box)]:
+            part = planes[n][..., rows, columns]
+            if inferer.facts:
+                excess = zero_filled_excess(planes[n], self.factors, self.across, inferer.interpolation, rows, columns)
+                part = torch.cat([part, excess, *(planes[side][..., rows, columns] for side in (before, after))], 1)
+            if maps:
+                part = torch.cat([part, maps(rows, columns).expand(len(part), -1, -1, -1)], 1)
+            result = self.infer(part, network)
+            self.target[n][..., kept, columns] = result[..., kept.start - rows.start : kept.stop - rows.start, :]
 
     def _factors(self, inputs: Tensor) -> tuple[list[float], list[bool]]:
         """Factors of the rows and columns of the slices, and which of them run across thick slices."""
         meta: dict = inputs.meta  # type: ignore[attr-defined]
         factors = [float(factor) for factor in [*meta.get("acquired_factor", meta["factor"]), 1.0][:3]]  # of slices: in-plane
-        across = [axis == self.thick_axis and factor > 1 for axis, factor in enumerate(factors)]
-        del factors[self.spatial_dim], across[self.spatial_dim]
+        across = [axis == self.inferer.thick_axis and factor > 1 for axis, factor in enumerate(factors)]
+        del factors[self.inferer.spatial_dim], across[self.inferer.spatial_dim]
         return factors, across
 
 
 class OrthogonalSlices(Inferer):
     """Apply a network to the two sets of planes that contain the last, thick axis, and average the results.
 
-    The rows of the planes lie across the slices, as in training (:class:`bundle.patches.AcquiredPatches`).
+    The rows of the planes lie across the slices, as in training (:class:`bundle.patches.AcquiredPatches`). The slice profile is recognised
+    in the first set.
 
     Args:
         denoise: must be 1: across thick slices there is no measured k-space to keep.
-        acquisition: must be ``"auto"`` or ``"unknown"``: across thick slices nothing is recognised or corrected.
         kwargs: of :class:`ForegroundInferer`.
 
     Raises:
-        InputError: if ``denoise`` or ``acquisition`` is another.
+        InputError: if ``denoise`` is another.
     """
 
-    def __init__(self, denoise: float = 1.0, acquisition: str = "auto", **kwargs: Any) -> None:
+    def __init__(self, denoise: float = 1.0, **kwargs: Any) -> None:
         if denoise != 1:
             raise InputError(f"denoise is for slices within their plane: with thick slices it must be 1, got {denoise!r}")
-        if acquisition not in ("auto", "unknown"):
-            raise InputError(f"acquisition is for slices within their plane: with thick slices it must be auto, got {acquisition!r}")
         self.inferers = [ForegroundInferer(roi_size=(-1, -1), spatial_dim=axis, thick_axis=0, **kwargs) for axis in (1, 2)]
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -240,7 +270,17 @@ class OrthogonalSlices(Inferer):
         if "factor" in meta:
             along_x, along_y, across = [*turned.meta.pop("acquired_factor", meta["factor"]), 1.0][:3]
             turned.meta["factor"] = [across, along_x, along_y]
-        first, second = (torch.as_tensor(inferer(turned, network, *args, **kwargs)).as_subclass(Tensor) for inferer in self.inferers)
+        recognized, results = None, []
+        for inferer in self.inferers:
+            if not (inferer.skip_background or inferer.positions):
+                results.append(inferer(turned, network, *args, **kwargs))
+                continue
+            scan = inferer.scan(turned, network, *args, **kwargs)
+            recognized = recognized or scan.recognized()
+            results.append(scan.restored(recognized))
+        if recognized:
+            meta["recognized"] = recognized.facts()
+        first, second = (torch.as_tensor(result).as_subclass(Tensor) for result in results)
         result = (first + second) / 2
         if result.shape[1] > 1:
             differences = (first[:, :1] - second[:, :1]) / 2

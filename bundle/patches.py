@@ -16,7 +16,7 @@ from scipy import special
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .acquisition import FREQUENCIES, KINDS, Acquisition, Sampling, cut_to_acquired, kind_of, sampled
+from .acquisition import ACROSS, WITHIN, Acquisition, Kinds, Sampling, cut_to_acquired, sampled
 from .conditions import conditions, spectral_facts, with_neighbours
 from .consistency import SIZE, window_of
 from .errors import InputError
@@ -34,7 +34,7 @@ class RandomAcquisition:
 
     - In the plane: factor 2 in half of the cases. Half use k-space truncation, with 85 to 100 % of k-space covered (60 to 85 % in one of
       twenty), with or without apodisation; the others use the paper's bicubic, box or Gaussian point spreads.
-    - Across thick slices: Gaussian, box and trapezoid profiles, 60 to 120 % of the slice distance wide; the network receives the width in
+    - Across thick slices: Gaussian, box and trapezoid profiles, 60 to 124 % of the slice distance wide; the network receives the width in
       half of the cases. Brightness alternates by up to 3 %. One of eight is coarse along the other axis too.
     - Noise: none (7 of 20), up to 40 % of the largest (7), up to the largest (6).
     - A third is stored in whole numbers.
@@ -83,17 +83,13 @@ class RandomAcquisition:
     def _within(self, random: np.random.Generator) -> Sampling:
         low, high = self.in_plane
         factor = 2.0 if low <= 2 <= high and random.random() < 0.5 else random.uniform(low, high)
-        kind = replace(KINDS[random.choice(len(KINDS), p=FREQUENCIES)], factor=factor)
-        if kind.profile == "gaussian":
-            return replace(kind, width=kind.width + random.uniform(-0.05, 0.05))
+        kind = replace(WITHIN.draw(random), factor=factor)
         if kind.profile != "kspace" or random.random() < 0.5:
             return kind
         return replace(kind, coverage=random.uniform(0.6, 0.85) if random.random() < 0.1 else random.uniform(0.85, 1))
 
     def _across(self, random: np.random.Generator) -> Sampling:
-        profile = str(random.choice(["gaussian", "box", "trapezoid"], p=[0.4, 0.3, 0.3]))
-        width = 1.0 if random.random() < 0.5 else random.uniform(0.6, 1.2)
-        return Sampling(random.uniform(*self.across), profile, width)
+        return replace(ACROSS.draw(random), factor=random.uniform(*self.across))
 
 
 class RandomContrast:
@@ -240,7 +236,7 @@ class AcquiredPatches(Dataset):
             scan = scan[[1, 1, 1]]
         truth, measured = truth[1], scan[1]
         noise, spectrum = spectral_facts(measured)
-        kinds = None if any(across) else recognized(acquisition.axes, random)
+        kinds = recognized(*told_apart(acquisition, across), random, max(widths))
         before, image, after = enlarge(scan, factors, truth.shape, "spline")
         filled = measured  # what zero_filled_excess() computes from the interpolated slice: faster from the measured one
         for axis, thick in enumerate(across):
@@ -310,29 +306,43 @@ class MeasuredSlices(Dataset):
         truth = patches._slices(index % len(patches.volumes), random)[0][1]
         refined: list[int] = []
         while not refined:
-            acquisition, _, _ = patches.acquisition(random)
-            refined = [axis for axis, sampling in enumerate(acquisition.axes) if sampling.factor > 1]
+            acquisition, _, across = patches.acquisition(random)
+            kinds = ACROSS if any(across) else WITHIN
+            refined = [n for n, sampling in enumerate(acquisition.axes) if (across[n] if any(across) else sampling.factor > 1)]
         measured = acquisition(truth, random)
         axis = int(random.choice(refined))
         along, other = acquisition.axes[axis], acquisition.axes[1 - axis]
         measured = measured.T if axis else measured
         part = window_of(measured, *(int(random.integers(max(side - SIZE, 0) + 1)) for side in measured.shape))
         image = torch.stack([part, *(torch.full_like(part, 1 / sampling.factor) for sampling in (along, other))])
-        return {"image": image, "label": torch.tensor([kind_of(along), acquisition.noise])}
+        return {"image": image, "label": torch.tensor([kinds.index(along), acquisition.noise])}
 
 
-def recognized(axes: Sequence[Sampling], random: np.random.Generator) -> Tensor:
-    """Probabilities of the kinds of a sampling, (12,), as a classifier of random skill would know them.
+def told_apart(acquisition: Acquisition, across: Sequence[bool]) -> tuple[Sampling, Kinds]:
+    """The sampling of an acquisition that the network receives, and what it is one of: that of the thick slices, else of the first refined
+    axis."""
+    if any(across):
+        return acquisition.axes[list(across).index(True)], ACROSS
+    return next((axis for axis in acquisition.axes if axis.factor > 1), acquisition.axes[0]), WITHIN
+
+
+def recognized(sampling: Sampling, kinds: Kinds, random: np.random.Generator, width: float = 0.0) -> Tensor:
+    """Probabilities (12,) of the kinds of a sampling, as a classifier of random skill would know them.
 
     The classifier observes e = a 1_k + sqrt(a) n, with the kind k, its indicator 1_k and white noise n, so that the probabilities are the
-    frequencies of the kinds in training times exp(e), up to a constant. It knows nothing (a = 0) in a quarter of the cases and the kind
-    in three eighths; in between, a is 1 to 30.
+    prior ones times exp(e), up to a constant. It knows nothing (a = 0) in a quarter of the cases and the kind in three eighths; in
+    between, a is 1 to 30.
+
+    Args:
+        sampling: of the axis.
+        kinds: what it is one of.
+        random: random generator.
+        width: of the slice profile, if the network receives it.
     """
-    kind = next((kind_of(axis) for axis in axes if axis.factor > 1), 0)
     skill = float(random.choice([0.0, np.exp(random.uniform(0, np.log(30))), 1000.0], p=[0.25, 0.375, 0.375]))
-    evidence = np.sqrt(skill) * random.standard_normal(len(KINDS))
-    evidence[kind] += skill
-    return torch.from_numpy(evidence + np.log(FREQUENCIES)).softmax(0).float()
+    evidence = np.sqrt(skill) * random.standard_normal(len(kinds))
+    evidence[kinds.index(sampling)] += skill
+    return (torch.from_numpy(evidence) + kinds.priors(width).log()).softmax(0).float()
 
 
 def _truth(image: MetaTensor, size: int) -> tuple[Tensor, list[int], list[float]]:

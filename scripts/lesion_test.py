@@ -206,13 +206,9 @@ class LesionTest:
         return {"spline": spline.numpy(), "zero-filled": filled.numpy(), "network": network.numpy()}
 
     def applied(self, volume: Tensor, scan: Scan, factors: Sequence[float]) -> Tensor:
-        config, names = self.configs[scan.thick], ("positions", "facts", "interpolation")
+        config, names = self.configs[scan.thick], ("positions", "facts", "interpolation", "recognition")
         options = {name: config.get_parsed_content(name) for name in names}
-        inferer: Any = (
-            OrthogonalSlices(**options)
-            if scan.thick
-            else ForegroundInferer(roi_size=(-1, -1), spatial_dim=2, recognition=config.get_parsed_content("recognition"), **options)
-        )
+        inferer: Any = OrthogonalSlices(**options) if scan.thick else ForegroundInferer(roi_size=(-1, -1), spatial_dim=2, **options)
         meta = {"factor": list(factors), **({"slice_width": 1.0} if scan.thick else {})}
         with torch.no_grad():
             result = inferer(MetaTensor(volume[None, None], meta=meta).to(self.device), self.networks[scan.thick])

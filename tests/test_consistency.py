@@ -11,37 +11,39 @@ import toy
 from monai.data import MetaTensor, decollate_batch
 from toy import volume
 
-from bundle.acquisition import FREQUENCIES, KINDS, Acquisition, Sampling, kind_of, kspace_filter, sampling_matrix
+from bundle.acquisition import ACROSS, WITHIN, Acquisition, Sampling, kspace_filter, sampling_matrix
 from bundle.consistency import EQUAL, SMALLEST, Correction, Recognition, RecognitionLoss, Recognized, recognition, window_of
 from bundle.errors import InputError
 from bundle.inferers import ForegroundInferer, OrthogonalSlices
 from bundle.loading import LoadVolumed
 from bundle.networks import AcquisitionClassifier
-from bundle.patches import AcquiredPatches, MeasuredSlices, RandomAcquisition, recognized
-from bundle.resampling import enlarge
+from bundle.patches import AcquiredPatches, MeasuredSlices, RandomAcquisition, recognized, told_apart
+from bundle.resampling import enlarge, interpolate_slices
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "models" / "acquisition.pt"
+WEIGHTS_ACROSS = ROOT / "models" / "isotropic" / "acquisition.pt"
 REAL = ROOT.parent / "shared" / "data" / "ds002748" / "sub-16.nii.gz"
 
 
-def known(kind, probability=1.0, noise=0.0):
+def known(kind, probability=1.0, noise=0.0, kinds=WITHIN):
     """Index of the kind, its probability; the others share the rest."""
-    kinds = torch.full((len(KINDS),), (1 - probability) / (len(KINDS) - 1))
-    kinds[kind] = probability
-    return Recognized(kinds, noise)
+    probabilities = torch.full((len(kinds),), (1 - probability) / (len(kinds) - 1))
+    probabilities[kind] = probability
+    return Recognized(probabilities, noise, kinds)
 
 
 class Told:
     """Recognition of one that knows."""
 
-    def __init__(self, kind, noise=0.0):
-        self.known = known(kind, noise=noise)
+    def __init__(self, kind, noise=0.0, kinds=WITHIN):
+        self.kinds, self.known, self.widths = kinds, known(kind, noise=noise, kinds=kinds), []
 
     def chosen(self, measured):
-        return [0]
+        return [len(measured) // 2]
 
-    def __call__(self, measured, factors, result=None):
+    def __call__(self, measured, factors, result=None, width=0.0):
+        self.widths.append(width)
         return self.known
 
 
@@ -51,9 +53,9 @@ def test_correction_is_the_regularised_solution(kind, noise):
     """Against the dense formula, with the sampling of the whole slice as one matrix."""
     factors, size = (2.0, 1.5), (13, 12)
     random = torch.Generator().manual_seed(0)
-    rows, columns = (sampling_matrix(n, replace(KINDS[kind], factor=f)).double() for n, f in zip(size, factors))
-    if KINDS[kind].window != "none":
-        rows, columns = (kspace_filter(len(m), 1.0, KINDS[kind].window).double() @ m for m in (rows, columns))
+    rows, columns = (sampling_matrix(n, replace(WITHIN.samplings[kind], factor=f)).double() for n, f in zip(size, factors))
+    if WITHIN.samplings[kind].window != "none":
+        rows, columns = (kspace_filter(len(m), 1.0, WITHIN.samplings[kind].window).double() @ m for m in (rows, columns))
     result = torch.rand(size, generator=random, dtype=torch.float64)
     measured = torch.rand(len(rows), len(columns), generator=random, dtype=torch.float64)
     whole = torch.from_numpy(np.kron(rows.numpy(), columns.numpy()))
@@ -68,7 +70,7 @@ def test_correction_is_the_regularised_solution(kind, noise):
 
 def test_the_truth_is_not_changed():
     truth = torch.from_numpy(toy.head((40, 42, 3)))[..., 1] / 1000
-    for index, kind in enumerate(KINDS):
+    for index, kind in enumerate(WITHIN.samplings):
         axes = [replace(kind, factor=2.0)] * 2
         scan = Acquisition(axes)(truth)
         corrected = Correction(scan[None], truth.shape, (2, 2), known(index))(truth, 0)
@@ -98,28 +100,48 @@ def test_the_air_keeps_the_result_of_the_network():
 
 def test_every_acquisition_has_a_kind():
     random = np.random.default_rng(0)
-    seen = {kind_of(axis) for _ in range(500) for axis in RandomAcquisition()(random)[0].axes}
-    assert seen == set(range(len(KINDS)))
-    assert kind_of(Sampling(3, "gaussian", 0.97)) == kind_of(Sampling(2, "gaussian", 0.93))
+    seen = {WITHIN.index(axis) for _ in range(500) for axis in RandomAcquisition()(random)[0].axes}
+    assert seen == set(range(len(WITHIN)))
+    assert WITHIN.index(Sampling(3, "gaussian", 0.97)) == WITHIN.index(Sampling(2, "gaussian", 0.93))
     with pytest.raises(InputError, match="trapezoid"):
-        kind_of(Sampling(3, "trapezoid"))
+        WITHIN.index(Sampling(3, "trapezoid"))
 
 
-def test_training_tells_honest_probabilities():
-    """Whatever a probability is, the kind is right that often."""
-    random, draw = np.random.default_rng(0), RandomAcquisition(in_plane=(2, 2))
+@pytest.mark.parametrize("thick", [False, True])
+def test_training_tells_honest_probabilities(thick):
+    """Whatever a probability is, the kind is right that often. The frequencies of the kinds are those of the acquisitions."""
+    random, draw, known = np.random.default_rng(0), RandomAcquisition(in_plane=(2, 2), thick=float(thick)), ACROSS if thick else WITHIN
     kinds, told = [], []
     for _ in range(4000):
-        axes = draw(random)[0].axes
-        kinds.append(next(kind_of(axis) for axis in axes if axis.factor > 1))
-        told.append(recognized(axes, random))
-    right = torch.eye(len(KINDS))[kinds]
+        acquisition, widths, across = draw(random)
+        sampling, of = told_apart(acquisition, across)
+        assert of is known and sampling.factor > 1
+        kinds.append(known.index(sampling))
+        told.append(recognized(sampling, known, random, max(widths)))
+    right = torch.eye(len(known))[kinds]
     told = torch.stack(told)
-    torch.testing.assert_close(told.mean(0), torch.tensor(FREQUENCIES), atol=0.02, rtol=0)
+    torch.testing.assert_close(told.mean(0), known.priors(), atol=0.02, rtol=0)
     for low, high in ((0.1, 0.2), (0.3, 0.5), (0.5, 0.8), (0.8, 0.99), (0.999, 1.01)):
         inside = (told >= low) & (told < high)
         assert int(inside.sum()) > 150
         assert float(right[inside].mean()) == pytest.approx(float(told[inside].mean()), abs=0.05)
+
+
+def test_what_is_known_leaves_fewer_kinds():
+    for width in (0.6, 0.8, 1.0, 1.3):
+        possible = [kind for kind, prior in zip(ACROSS.samplings, ACROSS.priors(width)) if prior]
+        assert [kind.profile for kind in possible] == ["gaussian", "box", "trapezoid"]
+        assert len({kind.width for kind in possible}) == 1 and abs(possible[0].width - width) < 0.15
+    assert {kind.profile for kind, prior in zip(WITHIN.samplings, WITHIN.priors(profile="kspace")) if prior} == {"kspace"}
+    assert float(ACROSS.priors(1.0, "box").max()) == 1
+    known_width = Recognized(ACROSS.priors(1.0, "box"), 0.0, ACROSS, width=0.97)
+    assert known_width.sampling == Sampling(1, "box", 0.97)
+    assert str(known_width).startswith("box slice profile, 0.97 slice distances wide (probability 1.00)")
+    unsure = torch.zeros(12)  # between box and trapezoid, and between two widths
+    unsure[[ACROSS.index(Sampling(1, p, w)) for p, w in (("box", 0.84), ("box", 1), ("trapezoid", 1))]] = torch.tensor([0.3, 0.3, 0.4])
+    flat = Recognized(unsure, 0.0, ACROSS)
+    assert (flat.sampling.profile, flat.probability) == ("trapezoid", pytest.approx(1))
+    assert flat.sampling.width == pytest.approx(0.7 + 0.3 * 0.84, abs=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(96, 96), (40, 120), (200, 31), (97, 95)])
@@ -130,24 +152,25 @@ def test_windows_have_one_size(shape):
     assert float(part.sum()) == pytest.approx(float(image[:96, :96].sum()), rel=1e-5)
 
 
-def test_slices_for_training_are_a_function_of_seed_and_index():
+@pytest.mark.parametrize("thick", [False, True])
+def test_slices_for_training_are_a_function_of_seed_and_index(thick):
     def dataset(seed):
-        return MeasuredSlices(AcquiredPatches([volume()], RandomAcquisition(), size=48, seed=seed))
+        return MeasuredSlices(AcquiredPatches([volume()], RandomAcquisition(thick=float(thick)), size=48, seed=seed))
 
     first, second, other = dataset(1), dataset(1), dataset(2)
     assert len(first) == 100
     for index in (0, 7, 5000):
         item = first[index]
         assert item["image"].shape == (3, 96, 96)
-        assert 0 <= item["label"][0] < len(KINDS) and 0 <= item["label"][1] <= 0.05
-        assert 0.2 < float(item["image"][1, 0, 0]) <= 1
+        assert 0 <= item["label"][0] < 12 and 0 <= item["label"][1] <= 0.05
+        assert (0.14 if thick else 0.2) < float(item["image"][1, 0, 0]) <= 1
         assert all(torch.equal(item[key], second[index][key]) for key in item)
     assert not torch.equal(first[0]["image"], other[0]["image"])
 
 
 def test_loss_is_smallest_for_the_true_kind_and_noise():
     target = torch.tensor([[3.0, 0.02], [11.0, 0.0]])
-    right = torch.full((2, len(KINDS) + 1), -20.0)
+    right = torch.full((2, len(WITHIN) + 1), -20.0)
     right[0, 3], right[1, 11] = 20.0, 20.0
     right[:, -1] = torch.tensor([1.0, 0.0])  # in units of 0.02
     assert float(RecognitionLoss()(right, target)) < 1e-4
@@ -156,7 +179,7 @@ def test_loss_is_smallest_for_the_true_kind_and_noise():
 
 def untrained(path):
     torch.manual_seed(0)
-    torch.save(AcquisitionClassifier(len(KINDS)).state_dict(), path)
+    torch.save(AcquisitionClassifier(len(WITHIN)).state_dict(), path)
     return path
 
 
@@ -171,7 +194,7 @@ def test_a_result_is_evidence(tmp_path):
     """A result that one kind of sampling takes to the samples speaks for that kind, whatever an untrained classifier says."""
     look = Recognition(untrained(tmp_path / "a.pt"))
     truth = torch.from_numpy(toy.head((60, 64, 5))).float().movedim(-1, 0) / 1000
-    for kind in (KINDS[0], KINDS[4], KINDS[10]):
+    for kind in [WITHIN.samplings[n] for n in (0, 4, 10)]:
         scan = Acquisition([replace(kind, factor=2.0)] * 2)(truth)
         found = look(scan, (2, 2), truth)
         assert found.sampling.profile == kind.profile
@@ -197,7 +220,7 @@ def test_what_is_known_need_not_be_recognised(tmp_path):
 
 def test_results_are_corrected_slice_by_slice():
     truth = torch.from_numpy(toy.head((40, 44, 3))).float() / 1000
-    kind, factors = KINDS[0], (2.0, 2.0)
+    kind, factors = WITHIN.samplings[0], (2.0, 2.0)
     scan = Acquisition([replace(kind, factor=2.0)] * 2)(truth.movedim(-1, 0))
     interpolated = enlarge(scan, factors, truth.shape[:2], "spline").movedim(0, -1)
     image = MetaTensor(interpolated[None, None], meta={"factor": list(factors)})
@@ -219,22 +242,48 @@ def test_the_network_is_told_what_was_recognised():
     seen = []
 
     def network(x):
-        seen.append(x[0, -len(KINDS) :, 0, 0])
+        seen.append(x[0, -len(WITHIN) :, 0, 0])
         return x[:, :1]
 
     ForegroundInferer(recognition=Told(4), **options)(image, network)
     first, *others = seen  # evidence is what a network says that is not told
-    torch.testing.assert_close(first, torch.tensor(FREQUENCIES))
+    torch.testing.assert_close(first, WITHIN.priors())
     assert len(others) == 3
     for kinds in others:
         assert torch.equal(kinds, known(4).kinds)
     seen.clear()
     ForegroundInferer(**options)(image, network)
-    assert len(seen) == 3 and torch.equal(seen[0], torch.tensor(FREQUENCIES))
+    assert len(seen) == 3 and torch.equal(seen[0], WITHIN.priors())
+
+
+def test_thick_slices_are_recognised_once_and_both_sets_of_planes_corrected():
+    """Bands of different intensity across the slices: the network's result is too weak until the samples correct it."""
+    meta = {"factor": [1.0, 1.0, 4.0], "slice_width": 1.0}
+    truth = torch.from_numpy(toy.head((40, 44, 32))).float() / 1000
+    sampling = Sampling(4, "box")
+    scan = Acquisition((Sampling(), Sampling(), sampling))(truth)
+    image = MetaTensor(interpolate_slices(scan, 4, 32)[None, None], meta=meta)
+    seen = []
+
+    def network(x):
+        seen.append(x[0, -len(ACROSS) :, 0, 0])
+        return 0.9 * x[:, :1]
+
+    box = ACROSS.index(sampling)
+    recognition = Told(box, kinds=ACROSS)
+    options = {"positions": True, "facts": True}
+    found = OrthogonalSlices(recognition=recognition, **options)(image, network)
+    torch.testing.assert_close(seen[0], ACROSS.priors(1.0))
+    assert all(torch.equal(kinds, recognition.known.kinds) for kinds in seen[1:]) and len(seen) > 40
+    assert recognition.widths == [1.0]
+    assert found.meta["recognized"]["profile"] == "box"
+    plain = OrthogonalSlices(**options)(image, network)
+    again, before = ((Acquisition((Sampling(), Sampling(), sampling))(x.as_tensor()[0, 0]) - scan).square().mean() for x in (found, plain))
+    assert float(again) < 0.02 * float(before)
     seen.clear()
-    image.meta["factor"] = [2.0, 1.0, 4.0]
-    OrthogonalSlices(positions=True, facts=True)(image, network)
-    assert seen and not any(kinds.any() for kinds in seen)  # across thick slices nothing is recognised
+    kinds_of_planes = Told(0)  # recognises samplings within planes only
+    OrthogonalSlices(recognition=kinds_of_planes, **options)(image, network)
+    assert not kinds_of_planes.widths and all(torch.equal(kinds, ACROSS.priors(1.0)) for kinds in seen)
 
 
 @pytest.mark.skipif(not WEIGHTS.exists(), reason="no weights of the classifier")
@@ -250,17 +299,36 @@ def test_a_real_scan_is_recognised(sampling):
     assert found.noise < 0.02
 
 
+@pytest.mark.skipif(not WEIGHTS_ACROSS.exists(), reason="no weights of the classifier")
+@pytest.mark.skipif(not REAL.exists(), reason=f"no {REAL.name}: real volumes are not part of the repository")
+@pytest.mark.parametrize("profile", ["gaussian", "box"])
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_the_slice_profile_of_a_real_scan_is_recognised(profile, noise):
+    image = LoadVolumed(keys="image")({"image": str(REAL)})["image"].as_tensor()[0].float()
+    planes = image[60:140:8, 40:230]
+    planes = planes / torch.quantile(planes[planes > 0][::50], 0.999)
+    scan = Acquisition((Sampling(), Sampling(5, profile)), noise, step=0.001)(planes, np.random.default_rng(0)).mT
+    for width in (0.0, 1.0):
+        found = Recognition(WEIGHTS_ACROSS, kinds=ACROSS)(scan, (5, 1), width=width)
+        flat = found.sampling.profile in ("box", "trapezoid")  # these two are hardly told apart
+        assert flat == (profile == "box") and found.probability > 0.8, found
+        assert found.sampling.width == pytest.approx(1, abs=0 if width else 0.1)
+        assert found.noise == pytest.approx(noise, abs=0.01)
+    assert Recognition(WEIGHTS_ACROSS, "trapezoid", ACROSS)(scan, (5, 1)).sampling.profile == "trapezoid"
+
+
 @pytest.mark.slow
-def test_the_classifier_is_trained_as_the_page_says(tmp_path):
+@pytest.mark.parametrize(("network", "kinds"), [("general", WITHIN), ("thick_slices", ACROSS)])
+def test_the_classifier_is_trained_as_the_page_says(tmp_path, network, kinds):
     data = tmp_path / "data" / "ds002748"
     data.mkdir(parents=True)
     for name in ("sub-01", "sub-16"):
         toy.write_nifti(data / f"{name}.nii.gz", toy.head((52, 56, 50)), toy.affine((1, 1, 1)))
-    names = ("train", "general", "datasets/scans", "random_acquisitions", "acquisition_classifier")
+    names = ("train", network, "datasets/scans", "random_acquisitions", "acquisition_classifier")
     monai.bundle.run(
         config_file=[str(ROOT / "configs" / f"{name}.json") for name in names],
         dataset_dir=str(data.parent), output_dir=str(tmp_path / "run"), test_volumes=[], device="cpu", slices_per_volume=40, patch_size=48,
         max_epochs=1, warmup_iterations=1,
     )  # fmt: skip
-    found = Recognition(tmp_path / "run" / "models" / "model.pt")(torch.rand(3, 50, 50), (2, 2))
-    assert found is not None
+    found = Recognition(tmp_path / "run" / "models" / "model.pt", kinds=kinds)(torch.rand(3, 50, 50), (2, 2))
+    assert found is not None and found.known is kinds

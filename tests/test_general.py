@@ -115,7 +115,7 @@ def test_a_slice_thickness_reaches_the_network(infer, tmp_path):
     [((), {"acquisition": "mean"}, "acquisition must be auto, unknown, kspace"),
      ((), {"noise": 2}, "noise must be a fraction"), ((), {"denoise": -1}, "denoise must be a number from 0 to 1"),
      (("isotropic",), {"denoise": 0}, "with thick slices it must be 1"),
-     (("isotropic",), {"acquisition": "kspace"}, "with thick slices it must be auto"),
+     (("isotropic",), {"acquisition": "kspace"}, "acquisition must be auto, unknown, gaussian, box or trapezoid, got 'kspace'"),
      (("isotropic",), {"slice_thickness": -3}, "slice_thickness must")],
 )  # fmt: skip
 def test_impossible_options_are_refused(overlays, option, message, infer, tmp_path):

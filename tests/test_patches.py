@@ -38,7 +38,7 @@ class Fixed:
         self.noise = noise
 
     def __call__(self, random):
-        return Acquisition((Sampling(2), Sampling(1.5)), noise=self.noise), (0.8, 0.0), (True, False)
+        return Acquisition((Sampling(2, "box", 0.8), Sampling(1.5)), noise=self.noise), (0.8, 0.0), (True, False)
 
 
 class TestAcquiredPatches:
@@ -118,7 +118,7 @@ class TestAcquiredPatches:
 
 def test_thick_slices_lie_across_the_rows_as_in_inference():
     """In training and in inference the same axis is refined across slices, and is not zero-filled."""
-    patches = AcquiredPatches([volume()], RandomAcquisition(across=(3, 5), thick=1), size=32, patches_per_slice=1)
+    patches = AcquiredPatches([volume()], RandomAcquisition((1, 2), across=(3, 5), thick=1), size=32, patches_per_slice=1)
     seen = []
     inputs = MetaTensor(torch.rand(1, 1, 32, 34, 36), meta={"factor": [1.0, 1.0, 4.0]})
     OrthogonalSlices(positions=True, facts=True, skip_background=False)(inputs, lambda x: seen.append(x) or x[:, :1])

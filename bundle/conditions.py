@@ -99,12 +99,12 @@ def spectral_facts(measured: Tensor) -> tuple[float, Tensor]:
         (10,): for the rows, then for the columns, the decadic logarithm of the power in five frequency bands up to the Nyquist frequency,
         relative to that in a low band.
     """
-    slices = torch.as_tensor(measured).reshape(-1, *measured.shape[-2:]).float()
-    filled = (slices > FOREGROUND).float().mean((1, 2)) > 0.01
-    if not filled.any():
+    slices = torch.as_tensor(measured).reshape(-1, *measured.shape[-2:])
+    filled = [n for n, one in enumerate(slices) if float((one > FOREGROUND).float().mean()) > 0.01]
+    if not filled:
         return 0.0, torch.zeros(SPECTRUM)
-    slices = slices[filled]
-    slices = slices[torch.linspace(0, len(slices) - 1, min(len(slices), SLICES)).round().long()]
+    chosen = torch.linspace(0, len(filled) - 1, min(len(filled), SLICES)).round().long().tolist()
+    slices = slices[[filled[n] for n in chosen]].float()
     windows = [torch.hann_window(side + 2, periodic=False)[1:-1].to(slices) for side in slices.shape[1:]]
     window = windows[0][:, None] * windows[1]  # otherwise, opposite borders that do not match would look like sharp edges
     power = torch.fft.fft2(slices * window).abs().square()

@@ -33,7 +33,8 @@ __all__ = ["Correction", "Recognition", "RecognitionLoss", "Recognized", "recogn
 SIZE = 96  # side of the slices that the classifier sees
 SLICES = 16  # of a scan that it sees, at most
 NOISE_UNIT = 0.02  # of the classifier's output
-EQUAL = 0.012  # noise as large as the usual error of the network: both then count alike; smaller values lose more small lesions
+EQUAL = 0.018  # noise as large as the usual error of the network: both then count alike; smaller values lose more small lesions
+EQUAL_ACROSS = 0.006  # the same across thick slices, where the network errs less in what was measured
 SMALLEST = 0.03  # w without noise: samples are rounded, and the model of the sampling is not exact
 SCANNER = 1.0  # logarithm of the prior odds of k-space truncation against any other kind, because scanners truncate
 DOUBT = 2.0  # part of w if the kind is as likely wrong as right
@@ -197,7 +198,7 @@ class Correction:
             matrices.append(_decomposed(size[axis], sampling, round(coverage, 3)))
         (self.rows, u, d, v), (self.columns, u2, d2, v2) = matrices
         gain = d[:, None] * d2
-        weight = SMALLEST + (recognized.noise / EQUAL) ** 2
+        weight = SMALLEST + (recognized.noise / (EQUAL_ACROSS if recognized.known is ACROSS else EQUAL)) ** 2
         weight += DOUBT * (1 - recognized.probability) / recognized.probability
         gain = gain / (gain.square() + weight / math.prod(factors))
         self.parts = [part.to(measured) for part in (u, u2, v, v2, gain, self.rows, self.columns)]

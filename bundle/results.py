@@ -302,7 +302,7 @@ class Consistencyd(MapTransform):
         before = torch.as_tensor(data[self.input_key]).float().cpu().movedim(-1, 0)
         # exclude hot spots and their surroundings, which would dominate the error
         ordinary = torch.ones_like(before, dtype=torch.bool)
-        if float(before.abs().max()) > HOT:
+        if max(float(before.max()), -float(before.min())) > HOT:
             away = torch.nn.functional.max_pool2d(before.abs(), 11, 1, 5) <= HOT
             ordinary = away if away.any() else ordinary
         factors = [float(f) for f in data[self.keys[0]].meta["factor"]]

@@ -299,7 +299,7 @@ class Consistencyd(MapTransform):
         self.input_key = input_key
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
-        before = torch.as_tensor(data[self.input_key]).float().cpu().movedim(-1, 0)
+        before = torch.as_tensor(data[self.input_key]).float().cpu().movedim(-1, 0).contiguous()  # its slices are read one by one
         # exclude hot spots and their surroundings, which would dominate the error
         ordinary = torch.ones_like(before, dtype=torch.bool)
         if max(float(before.max()), -float(before.min())) > HOT:

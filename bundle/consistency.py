@@ -1,4 +1,4 @@
-"""Recognise how a scan was sampled within its plane, and correct a result so that it agrees with the measured samples.
+"""Recognise how a scan was sampled, within its plane or across thick slices, and correct a result so that it agrees with the samples.
 
 A network that does not know the acquisition answers with a compromise between those that fit, and smooths what was measured. Once the
 sampling S is known, the network receives it (:func:`bundle.conditions.conditions`), and the measured samples y correct its result x:

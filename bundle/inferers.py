@@ -69,8 +69,8 @@ class ForegroundInferer(SliceInferer):
         denoise: 1 keeps the result as it is; 0 restores the measured k-space of each slice, with its noise, and keeps the result only
             beyond it; values in between mix (:func:`bundle.conditions.with_measured_kspace`).
         recognition: recognises the acquisition. The network receives what was recognised, and the result is corrected to agree with the
-            measured samples (:mod:`bundle.consistency`). ``None`` does neither. What was recognised is in the result's
-            ``meta["recognized"]``.
+            measured samples (:mod:`bundle.consistency`). ``None`` does neither, nor does a recognition of the other kinds (within the
+            plane, or across thick slices). What was recognised is in the result's ``meta["recognized"]``.
         interpolation: mode by which the slices were interpolated (:func:`bundle.resampling.enlarge`); ``"spline"`` across thick slices.
         thick_axis: spatial axis across thick slices, if ``inputs.meta["factor"]`` holds three factors.
         precision: number format of the network's convolutions (:func:`bundle.precision.choose`).

@@ -113,7 +113,7 @@ class Kinds:
         """
         same = [n for n, kind in enumerate(self.samplings) if (kind.profile, kind.window) == (sampling.profile, sampling.window)]
         if not same:
-            raise InputError(f"a sampling with the profile {sampling.profile!r} is not recognised here")
+            raise InputError(f"no kind of sampling has the profile {sampling.profile!r} and the window {sampling.window!r}")
         return min(same, key=lambda n: abs(self.samplings[n].width - sampling.width))
 
     def draw(self, random: np.random.Generator) -> Sampling:
@@ -129,13 +129,13 @@ class Kinds:
             width: of the slice profile, if it is known: only the kinds of the nearest width are then possible.
             profile: the profile, if it is known.
         """
-        nearest = {self.index(replace(kind, width=width)) for kind in self.samplings if width}
-        possible = [(profile in (None, kind.profile)) and (not width or n in nearest) for n, kind in enumerate(self.samplings)]
-        priors = torch.tensor(self.frequencies) * torch.tensor(possible)
+        right_width = [not width or self.index(replace(kind, width=width)) == n for n, kind in enumerate(self.samplings)]
+        right_profile = [profile in (None, kind.profile) for kind in self.samplings]
+        priors = torch.tensor(self.frequencies) * torch.tensor(right_width) * torch.tensor(right_profile)
         return priors / priors.sum()
 
 
-SPREADS = ("gaussian", "box", "trapezoid")  # profiles that have a width
+WITH_WIDTH = ("gaussian", "box", "trapezoid")  # profiles
 GAUSSIAN = (0.75, 0.85, 0.95, 1.05, 1.15, 1.25, 1.35)  # widths
 WITHIN = Kinds(
     (
@@ -146,13 +146,13 @@ WITHIN = Kinds(
     ),
     (0.35, 0.075, 0.075, 0.16, 0.14, *len(GAUSSIAN) * (0.2 / len(GAUSSIAN),)),
     0.05,
-)  # the plane of the slices
+)  # within the plane of the slices
 THICKNESSES = {0.68: 0.12, 0.84: 0.14, 1.0: 0.62, 1.16: 0.12}  # in slice distances, and their frequencies
 ACROSS = Kinds(
-    tuple(Sampling(profile=profile, width=width) for profile in SPREADS for width in THICKNESSES),
+    tuple(Sampling(profile=profile, width=width) for profile in WITH_WIDTH for width in THICKNESSES),
     tuple(share * frequency for share in (0.4, 0.3, 0.3) for frequency in THICKNESSES.values()),
     0.08,
-)  # thick slices
+)  # across thick slices
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Acquisition:
         first = image.ndim - len(self.axes)
         image = sampled(image, self.axes)
         if self.brightness:
-            axis = first + max((n for n, s in enumerate(self.axes) if s.profile in SPREADS), default=0)
+            axis = first + max((n for n, s in enumerate(self.axes) if s.profile in WITH_WIDTH), default=0)
             gains = alternate_brightness(image.shape[axis], self.brightness, random).to(image)
             image = image * gains.view(-1, *[1] * (image.ndim - 1 - axis))
         channels = [image]

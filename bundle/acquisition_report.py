@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .acquisition import Acquisition, Sampling, cut_to_acquired
-from .conditions import with_neighbours
+from .conditions import slices_with_anatomy, with_neighbours
 from .consistency import Recognition
 from .errors import switch
 from .files import write_atomically, write_json
@@ -177,9 +177,8 @@ def _report_uncertainty(head: Head, cells: dict[str, dict[str, Cell]], calibrate
 def _evenly(volume: Tensor, count: int) -> Tensor:
     """Evenly spaced axial slices with anatomy, each between its neighbours: (3 * count, X, Y). At the end of the volume, a slice is its own
     neighbour."""
-    filled = ((volume > FOREGROUND).float().mean((0, 1)) > 0.05).nonzero().flatten()
-    places = filled[np.linspace(0, len(filled) - 1, min(count, len(filled))).round().astype(int)]
-    groups = [place for n in places.tolist() for place in with_neighbours(n, volume.shape[2])]
+    places = slices_with_anatomy(volume.movedim(-1, 0), 0.05, count)
+    groups = [place for n in places for place in with_neighbours(n, volume.shape[2])]
     return volume[..., groups].movedim(-1, 0).contiguous()
 
 

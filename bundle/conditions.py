@@ -22,6 +22,7 @@ __all__ = [
     "conditions",
     "measured_samples",
     "positions",
+    "slices_with_anatomy",
     "spectral_facts",
     "with_measured_kspace",
     "with_neighbours",
@@ -100,11 +101,10 @@ def spectral_facts(measured: Tensor) -> tuple[float, Tensor]:
         relative to that in a low band.
     """
     slices = torch.as_tensor(measured).reshape(-1, *measured.shape[-2:])
-    filled = [n for n, one in enumerate(slices) if float((one > FOREGROUND).float().mean()) > 0.01]
-    if not filled:
+    chosen = slices_with_anatomy(slices, 0.01, SLICES)
+    if not chosen:
         return 0.0, torch.zeros(SPECTRUM)
-    chosen = torch.linspace(0, len(filled) - 1, min(len(filled), SLICES)).round().long().tolist()
-    slices = slices[[filled[n] for n in chosen]].float()
+    slices = slices[chosen].float()
     windows = [torch.hann_window(side + 2, periodic=False)[1:-1].to(slices) for side in slices.shape[1:]]
     window = windows[0][:, None] * windows[1]  # otherwise, opposite borders that do not match would look like sharp edges
     power = torch.fft.fft2(slices * window).abs().square()
@@ -124,6 +124,13 @@ def spectral_facts(measured: Tensor) -> tuple[float, Tensor]:
             levels.append((band.mean(1) + 1e-6).log10() if band.shape[1] else levels[-1] if levels else torch.zeros(len(line)).to(line))
         facts += [(level - levels[0]).mean() for level in levels[1:]]
     return float(noise), torch.stack(facts).cpu()
+
+
+def slices_with_anatomy(slices: Tensor, part: float, count: int) -> list[int]:
+    """Indices of up to ``count`` slices (n, h, w), evenly spaced among those of which more than ``part`` is anatomy."""
+    # one by one: comparing all slices at once would take as much memory as they do
+    filled = [n for n, one in enumerate(slices) if float((one > FOREGROUND).float().mean()) > part]
+    return [filled[n] for n in torch.linspace(0, len(filled) - 1, min(len(filled), count)).round().long().tolist()]
 
 
 def with_neighbours(n: int, count: int) -> list[int]:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from .acquisition import ACROSS, WITHIN, Kinds, Sampling, acquired_fraction, kspace_filter, sampling_matrix
 from .checkpoints import load_weights
+from .conditions import slices_with_anatomy
 from .errors import InputError
 from .files import sha256
 from .networks import AcquisitionClassifier
@@ -55,9 +56,9 @@ class Recognized:
     """How the refined axes of a scan were sampled.
 
     Args:
-        kinds: (12,), the probabilities of the kinds.
+        kinds: (12,), the probabilities of the kinds of ``known``.
         noise: standard deviation that the acquisition added, on the scale of the intensities.
-        known: the kinds.
+        known: the kinds that were told apart.
         width: of the slice profile, if the header gave it.
     """
 
@@ -130,8 +131,7 @@ class Recognition:
 
     def chosen(self, measured: Tensor) -> list[int]:
         """Indices of the slices (n, h, w) to look at: up to 16 with anatomy, evenly spaced."""
-        filled = ((measured > 0.05).float().mean((1, 2)) > FILLED).nonzero().flatten()
-        return filled[torch.linspace(0, len(filled) - 1, min(len(filled), SLICES)).round().long()].tolist()
+        return slices_with_anatomy(measured, FILLED, SLICES)
 
     def __call__(self, measured: Tensor, factors: Sequence[float], result: Tensor | None = None, width: float = 0.0) -> Recognized | None:
         """How the refined axes of a scan were sampled.
@@ -153,12 +153,11 @@ class Recognition:
             return None
         slices = measured.float().cpu()
         inputs = []
-        for axis, factor in enumerate(factors):
-            if axis in axes:
-                along = [1 / factor, 1 / factors[1 - axis]]
-                for image in slices if axis == 0 else slices.mT:
-                    image = window_of(image, *(max(0, side - SIZE) // 2 for side in image.shape))
-                    inputs.append(torch.stack([image, *(torch.full_like(image, value) for value in along)]))
+        for axis in axes:
+            along = [1 / factors[axis], 1 / factors[1 - axis]]
+            for image in slices if axis == 0 else slices.mT:
+                image = window_of(image, *(max(0, side - SIZE) // 2 for side in image.shape))
+                inputs.append(torch.stack([image, *(torch.full_like(image, value) for value in along)]))
         with torch.inference_mode():
             output = self.network(torch.stack(inputs))
         evidence = output[:, :-1].log_softmax(1).mean(0) * math.sqrt(len(inputs))

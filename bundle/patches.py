@@ -307,8 +307,7 @@ class MeasuredSlices(Dataset):
         refined: list[int] = []
         while not refined:
             acquisition, _, across = patches.acquisition(random)
-            kinds = ACROSS if any(across) else WITHIN
-            refined = [n for n, sampling in enumerate(acquisition.axes) if (across[n] if any(across) else sampling.factor > 1)]
+            refined, kinds = recognised_axes(acquisition, across)
         measured = acquisition(truth, random)
         axis = int(random.choice(refined))
         along, other = acquisition.axes[axis], acquisition.axes[1 - axis]
@@ -319,11 +318,16 @@ class MeasuredSlices(Dataset):
 
 
 def told_apart(acquisition: Acquisition, across: Sequence[bool]) -> tuple[Sampling, Kinds]:
-    """The sampling of an acquisition that the network receives, and what it is one of: that of the thick slices, else of the first refined
-    axis."""
+    """The sampling that the network receives, and the kinds among which a classifier would look for it."""
+    axes, kinds = recognised_axes(acquisition, across)
+    return acquisition.axes[axes[0] if axes else 0], kinds
+
+
+def recognised_axes(acquisition: Acquisition, across: Sequence[bool]) -> tuple[list[int], Kinds]:
+    """The axes whose sampling is recognised, and its kinds: the axis across thick slices, else all refined axes."""
     if any(across):
-        return acquisition.axes[list(across).index(True)], ACROSS
-    return next((axis for axis in acquisition.axes if axis.factor > 1), acquisition.axes[0]), WITHIN
+        return [axis for axis, thick in enumerate(across) if thick], ACROSS
+    return [axis for axis, sampling in enumerate(acquisition.axes) if sampling.factor > 1], WITHIN
 
 
 def recognized(sampling: Sampling, kinds: Kinds, random: np.random.Generator, width: float = 0.0) -> Tensor:
@@ -335,7 +339,7 @@ def recognized(sampling: Sampling, kinds: Kinds, random: np.random.Generator, wi
 
     Args:
         sampling: of the axis.
-        kinds: what it is one of.
+        kinds: the kinds among which the classifier looks for it.
         random: random generator.
         width: of the slice profile, if the network receives it.
     """

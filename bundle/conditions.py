@@ -19,6 +19,7 @@ from .resampling import PIXEL_FRACTION, downsample, enlarge
 
 __all__ = [
     "FACTS",
+    "NEIGHBOURS",
     "conditions",
     "measured_samples",
     "positions",
@@ -32,6 +33,7 @@ __all__ = [
 NOISE_UNIT = 0.02  # of the intensity scale
 BANDS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)  # borders, in Nyquist frequencies of the measured samples
 CORNER = 0.7  # Nyquist frequencies: if both frequencies are above, noise dominates anatomy
+NEIGHBOURS = (-1, 1, -2, 2)  # the slices around one that the network sees too, in the order of its inputs
 SLICES = 32  # used for the facts, at most
 FOREGROUND = 0.05  # of the intensity scale
 SPECTRUM = 2 * (len(BANDS) - 2)  # numbers that describe it
@@ -134,14 +136,13 @@ def slices_with_anatomy(slices: Tensor, part: float, count: int) -> list[int]:
 
 
 def with_neighbours(n: int, count: int) -> list[int]:
-    """Indices of the slice before, of slice ``n`` itself, and of the slice after, for ``count`` slices. At the ends, a slice is its own
-    neighbour.
+    """Indices of slice ``n`` and of its :data:`NEIGHBOURS`, for ``count`` slices. Beyond the ends, the last slice is repeated.
 
     Example:
-        >>> with_neighbours(0, 3), with_neighbours(1, 3), with_neighbours(2, 3)
-        ([0, 0, 1], [0, 1, 2], [1, 2, 2])
+        >>> with_neighbours(2, 9), with_neighbours(0, 9)
+        ([2, 1, 3, 0, 4], [0, 0, 1, 0, 2])
     """
-    return [max(n - 1, 0), n, min(n + 1, count - 1)]
+    return [min(max(n + offset, 0), count - 1) for offset in (0, *NEIGHBOURS)]
 
 
 def measured_samples(image: Tensor, factors: Sequence[float], mode: str = "spline") -> Tensor:

@@ -62,9 +62,9 @@ class ForegroundInferer(SliceInferer):
             docs/performance.md shows how to measure how much pixels beyond the margin matter.
         positions: whether the network receives the positions of the pixels (:func:`bundle.conditions.positions`); the factors are
             ``inputs.meta["factor"]``.
-        facts: whether it also receives the excess of zero-filling (:func:`bundle.conditions.zero_filled_excess`), the slices before and
-            after, the width of the slice profile (``inputs.meta["slice_width"]``, if known), the noise, the spectrum, and the probabilities
-            of the kinds of sampling (:func:`bundle.conditions.conditions`).
+        facts: whether it also receives the excess of zero-filling (:func:`bundle.conditions.zero_filled_excess`), the neighbouring
+            slices, the width of the slice profile (``inputs.meta["slice_width"]``, if known), the noise, the spectrum, and the
+            probabilities of the kinds of sampling (:func:`bundle.conditions.conditions`).
         noise: standard deviation as a fraction of the intensity scale; ``None`` uses the measured one.
         denoise: 1 keeps the result as it is; 0 restores the measured k-space of each slice, with its noise, and keeps the result only
             beyond it; values in between mix (:func:`bundle.conditions.with_measured_kspace`).
@@ -223,12 +223,12 @@ class Scan:
 
     def _compute(self, n: int, network: Callable[..., Any], maps: Callable[[slice, slice], Tensor] | None) -> None:
         inferer, planes, box = self.inferer, self.planes, self.boxes[n]
-        before, _, after = with_neighbours(n, len(planes))
+        _, *neighbours = with_neighbours(n, len(planes))
         for kept, rows, columns in bands(box, inferer.margin, MAX_PIXELS) if inferer.skip_background else [(box[0], *box)]:
             part = planes[n][..., rows, columns]
             if inferer.facts:
                 excess = zero_filled_excess(planes[n], self.factors, self.across, inferer.interpolation, rows, columns)
-                part = torch.cat([part, excess, *(planes[side][..., rows, columns] for side in (before, after))], 1)
+                part = torch.cat([part, excess, *(planes[side][..., rows, columns] for side in neighbours)], 1)
             if maps:
                 part = torch.cat([part, maps(rows, columns).expand(len(part), -1, -1, -1)], 1)
             result = self.infer(part, network)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .acquisition import ACROSS, WITHIN, Acquisition, Kinds, Sampling, cut_to_acquired, sampled
-from .conditions import conditions, spectral_facts, with_neighbours
+from .conditions import NEIGHBOURS, conditions, spectral_facts, with_neighbours
 from .consistency import SIZE, window_of
 from .errors import InputError
 from .resampling import check_factor, enlarge
@@ -106,7 +106,7 @@ class RandomContrast:
         self.field = RandBiasField(degree=3, coeff_range=(-0.15, 0.15), prob=1.0)
 
     def __call__(self, image: Tensor, random: np.random.Generator) -> Tensor:
-        """Neighbouring slices (n, H, W) to the same shape, intensities from 0 to 1 or slightly above; 0 stays 0."""
+        """Slices (n, H, W) to the same shape, intensities from 0 to 1 or slightly above; 0 stays 0."""
         if random.random() < self.probability:
             points = np.linspace(0, 1, 7)
             if random.random() < 0.5:
@@ -143,31 +143,29 @@ class RandomLesions:
         self.probability, self.count, self.sizes, self.emphasis = probability, count, sizes, emphasis
 
     def __call__(self, image: Tensor, random: np.random.Generator, distance: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Neighbouring slices (n, H, W), ``distance`` pixels apart, to the same shape, not negative, and the weights of the pixels of the
-        middle slice (H, W), which are 1 outside lesions. The middle slice cuts the ellipsoids through their centres."""
-        middle = image[len(image) // 2]
-        weights = torch.ones_like(middle)
-        anatomy = (middle > 0.2).nonzero()
+        """A slice and its neighbours (5, H, W), ``distance`` pixels apart, to the same shape, not negative, and the weights of the pixels
+        of the slice (H, W), which are 1 outside lesions. The slice cuts the ellipsoids through their centres."""
+        weights = torch.ones_like(image[0])
+        anatomy = (image[0] > 0.2).nonzero()
         if random.random() >= self.probability or not len(anatomy):
             return image, weights
         image = image.clone()
-        depth = distance * (np.arange(len(image)) - len(image) // 2)[:, None, None]
+        depth = distance * np.array([0, *NEIGHBOURS])[:, None, None]
         for _ in range(int(random.integers(1, self.count + 1))):
             centre = anatomy[int(random.integers(len(anatomy)))].tolist()
             radius = float(np.exp(random.uniform(*np.log(self.sizes)))) / 2
             stretch, angle, edge = random.uniform(1, 1.6), random.uniform(0, np.pi), random.uniform(0.15, 1.2)
             reach = math.ceil(radius * stretch + 3 * edge) + 1
-            box = tuple(slice(max(c - reach, 0), min(c + reach + 1, side)) for c, side in zip(centre, middle.shape))
+            box = tuple(slice(max(c - reach, 0), min(c + reach + 1, side)) for c, side in zip(centre, weights.shape))
             rows, columns = (grid - c - random.uniform(-0.5, 0.5) for grid, c in zip(np.mgrid[box], centre))
             along = (rows * np.cos(angle) + columns * np.sin(angle)) / stretch
             across = columns * np.cos(angle) - rows * np.sin(angle)
             far = np.sqrt(along**2 + across**2 + depth**2)
             profile = torch.from_numpy(special.erfc((far - radius) / (edge * math.sqrt(2))) / 2).float()
-            contrast = float(random.choice([-1, 1]) * random.uniform(0.1, 0.6)) * float(middle[*centre])
+            contrast = float(random.choice([-1, 1]) * random.uniform(0.1, 0.6)) * float(image[0, *centre])
             part = image[:, *box]
             part += contrast * profile * (part > 0.05)  # the air stays air
-            within = profile[len(image) // 2]
-            weights[box] += self.emphasis * within / within.sum().clamp(min=1)
+            weights[box] += self.emphasis * profile[0] / profile[0].sum().clamp(min=1)
         return image.clamp(min=0), weights
 
 
@@ -224,26 +222,26 @@ class AcquiredPatches(Dataset):
         return len(self.volumes) * self.slices_per_volume
 
     def __getitem__(self, index: int) -> list[dict[str, Tensor]]:
-        """``[{"image": (35, size, size), "label": (2, size, size)}, ...]``. The image holds the slice interpolated by cubic B-splines, the
-        excess of zero-filling, the interpolated slices before and after, and :func:`bundle.conditions.conditions`; the label holds the
-        truth and the weight of each pixel. Noise and spectrum are measured, as in inference."""
+        """``[{"image": (37, size, size), "label": (2, size, size)}, ...]``. The image holds the slice interpolated by cubic B-splines, the
+        excess of zero-filling, the interpolated neighbours, and :func:`bundle.conditions.conditions`; the label holds the truth and the
+        weight of each pixel. Noise and spectrum are measured, as in inference."""
         random = np.random.default_rng((self.seed, index))
         truth, weights = self._slices(index % len(self.volumes), random)
         acquisition, widths, across = self.acquisition(random)
         factors = [axis.factor for axis in acquisition.axes]
         scan = acquisition(truth, random)
         if random.random() < ALONE:
-            scan = scan[[1, 1, 1]]
-        truth, measured = truth[1], scan[1]
+            scan = scan[:1].expand_as(scan)
+        truth, measured = truth[0], scan[0]
         noise, spectrum = spectral_facts(measured)
         kinds = recognized(*told_apart(acquisition, across), random, max(widths))
-        before, image, after = enlarge(scan, factors, truth.shape, "spline")
+        image, *neighbours = enlarge(scan, factors, truth.shape, "spline")
         filled = measured  # what zero_filled_excess() computes from the interpolated slice: faster from the measured one
         for axis, thick in enumerate(across):
             step, size = [1.0, 1.0], list(filled.shape)
             step[axis], size[axis] = factors[axis], truth.shape[axis]
             filled = enlarge(filled, step, size, "spline" if thick else "kspace")
-        image = torch.stack([image, filled - image, before, after])
+        image = torch.stack([image, filled - image, *neighbours])
         patches = []
         for _ in range(self.patches_per_slice):
             for _ in range(10):
@@ -257,8 +255,8 @@ class AcquiredPatches(Dataset):
         return patches
 
     def _slices(self, volume: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """A random slice with anatomy between its neighbours, (3, H, W), rotated, mirrored, cropped to its content, reduced, with random
-        contrast and lesions; the weights of its pixels, (H, W). At the ends of a volume, the slice is its own neighbour."""
+        """A random slice with anatomy and its neighbours, (5, H, W), rotated, mirrored, cropped to its content, reduced, with random
+        contrast and lesions; the weights of its pixels, (H, W)."""
         voxels, planes, spacing = self.volumes[volume]
         axis = int(random.choice(planes))
         for _ in range(10):
@@ -266,11 +264,11 @@ class AcquiredPatches(Dataset):
             if float((voxels.select(axis, n) > self.threshold).float().mean()) > 0.08:
                 break
         image = torch.stack([voxels.select(axis, place).float() for place in with_neighbours(n, voxels.shape[axis])])
-        image = image.flip(0) if random.integers(2) else image
+        image = image[[0, 2, 1, 4, 3]] if random.integers(2) else image  # the other way
         image = torch.rot90(image, int(random.integers(4)), (1, 2))
         image = image.flip(2) if random.integers(2) else image
         for side in (1, 2):  # crop empty borders
-            occupied = (image[1] > self.threshold).any(2 - side).nonzero().flatten()
+            occupied = (image[0] > self.threshold).any(2 - side).nonzero().flatten()
             if len(occupied):
                 first, last = max(int(occupied[0]) - 8, 0), min(int(occupied[-1]) + 9, image.shape[side])
                 first, last = max(min(first, last - self.size), 0), max(last, min(first + self.size, image.shape[side]))
@@ -281,7 +279,7 @@ class AcquiredPatches(Dataset):
             reduction = Sampling(float(random.uniform(1, largest)), str(random.choice(["kspace", "gaussian"])), 0.9)
             image, distance = sampled(image, (reduction, reduction)), distance / reduction.factor
         image = image if self.contrast is None else self.contrast(image, random)
-        image, weights = (image, torch.ones_like(image[1])) if self.lesions is None else self.lesions(image, random, distance)
+        image, weights = (image, torch.ones_like(image[0])) if self.lesions is None else self.lesions(image, random, distance)
         return (image * float(random.uniform(0.75, 1.1))).contiguous(), weights
 
 
@@ -303,7 +301,7 @@ class MeasuredSlices(Dataset):
         1 / factor; the index of the kind of sampling of that axis, and the noise."""
         patches = self.patches
         random = np.random.default_rng((patches.seed, index))
-        truth = patches._slices(index % len(patches.volumes), random)[0][1]
+        truth = patches._slices(index % len(patches.volumes), random)[0][0]
         refined: list[int] = []
         while not refined:
             acquisition, _, across = patches.acquisition(random)

@@ -55,7 +55,7 @@ def exported(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def network() -> PixelShuffleResidualNet:
-    network = PixelShuffleResidualNet(positions=True, facts=FACTS)
+    network = PixelShuffleResidualNet(positions=True, facts=True)
     network.load_state_dict(torch.load(ROOT / "models" / "model.pt", weights_only=True))
     return network.eval()
 
@@ -81,7 +81,7 @@ def test_exports_equal_the_network_on_odd_and_even_sizes(exported, network):
 def test_exports_hold_plain_convolutions(exported):
     onnx = pytest.importorskip("onnx")
     nodes = [node.op_type for node in onnx.load(exported / "models" / "model.onnx").graph.node]
-    network = PixelShuffleResidualNet(positions=True, facts=FACTS)
+    network = PixelShuffleResidualNet(positions=True, facts=True)
     assert nodes.count("Conv") == sum(isinstance(m, torch.nn.Conv2d) for m in network.modules())
 
 

@@ -11,7 +11,6 @@ import torch
 import toy
 
 from bundle.acquisition import Acquisition, Sampling
-from bundle.conditions import FACTS
 from bundle.errors import reason
 from bundle.networks import PixelShuffleResidualNet
 from bundle.resampling import downsample, upsample
@@ -25,7 +24,7 @@ def weights(tmp_path_factory):
     """Random ones, and those of an untrained network, which returns the interpolated volume."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights")
-    network = PixelShuffleResidualNet(**SMALL, positions=True, facts=FACTS)
+    network = PixelShuffleResidualNet(**SMALL, positions=True, facts=True)
     torch.save(network.state_dict(), folder / "untrained.pt")
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.08)

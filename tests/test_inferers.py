@@ -191,23 +191,23 @@ def test_progress_counts_slices_with_anatomy(capfd):
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_a_network_with_facts_sees_the_neighbouring_slices(axis):
-    """At the ends of the volume, a slice is its own neighbour."""
+    """Beyond the ends of the volume, the last slice is repeated."""
     image = MetaTensor(torch.rand(1, 1, 9, 9, 9), meta={"factor": [2.0, 2.0, 2.0]})
     planes, seen = image.as_tensor()[0, 0].movedim(axis, 0), []
     inferer = ForegroundInferer(roi_size=(-1, -1), spatial_dim=axis, skip_background=False, positions=True, facts=True)
-    inferer(image, lambda x: seen.append(x[0, :4]) or x[:, :1])
+    inferer(image, lambda x: seen.append(x[0, :6]) or x[:, :1])
     assert len(seen) == 9
-    for n, (own, excess, before, after) in enumerate(seen):
-        assert torch.equal(own, planes[n])
-        assert torch.equal(before, planes[max(n - 1, 0)]) and torch.equal(after, planes[min(n + 1, 8)])
-        assert not torch.equal(excess, own)
+    for n, (own, excess, *neighbours) in enumerate(seen):
+        assert torch.equal(own, planes[n]) and not torch.equal(excess, own)
+        for neighbour, place in zip(neighbours, (n - 1, n + 1, n - 2, n + 2), strict=True):
+            assert torch.equal(neighbour, planes[min(max(place, 0), 8)])
 
 
 @pytest.mark.parametrize("factors, folds", [((2.0, 2.0), True), ((1.0, 2.0), True), ((2.0, 1.5), False)])
 @pytest.mark.parametrize("kind", [PixelShuffleResidualNet, WithUncertainty])
 def test_folded_conditions_change_nothing(factors, folds, kind, monkeypatch):
     """At factors of 1 and 2, positions and facts go into the weights. The result is that of a network that receives them as maps."""
-    network = random_network(PixelShuffleResidualNet(features=8, num_blocks=2, positions=True, facts=FACTS))
+    network = random_network(PixelShuffleResidualNet(features=8, num_blocks=2, positions=True, facts=True))
     network = random_network(WithUncertainty(network)) if kind is WithUncertainty else network
     image = MetaTensor(volume((38, 33, 5)), meta={"factor": list(factors), "slice_width": 1.0})
     inferer = ForegroundInferer(**WHOLE, positions=True, facts=True)

@@ -13,6 +13,7 @@ from bundle.acquisition import Acquisition, Sampling
 from bundle.acquisition_report import measure_acquisitions
 from bundle.conditions import (
     FACTS,
+    NEIGHBOURS,
     SPECTRUM,
     conditions,
     measured_samples,
@@ -58,10 +59,10 @@ class TestAcquiredPatches:
             assert patch["image"].shape == (IMAGES + 6 + FACTS, 32, 32)
             assert patch["label"].shape == (2, 32, 32)
             assert bool((patch["label"][1] == 1).all())  # without lesions, all pixels weigh the same
-            told = patch["image"][[6, 9, 10, 11], 0, 0]
-            torch.testing.assert_close(told, torch.tensor([1 / 2, 1 / 1.5, 0.8, 0.0]))
-            assert 0.5 < float(patch["image"][12, 0, 0]) < 2  # in units of 0.02; measured
-            assert bool((patch["image"][10:] == patch["image"][10:, :1, :1]).all())
+            told = patch["image"][IMAGES:, 0, 0]
+            torch.testing.assert_close(told[[2, 5, 6, 7]], torch.tensor([1 / 2, 1 / 1.5, 0.8, 0.0]))
+            assert 0.5 < float(told[8]) < 2  # in units of 0.02; measured
+            assert bool((patch["image"][IMAGES + 6 :] == told[6:, None, None]).all())
             assert float((patch["image"][0] - patch["label"][0]).abs().mean()) < 0.1
 
     def test_neighbours_are_acquired_alike(self):
@@ -77,20 +78,19 @@ class TestAcquiredPatches:
             assert 0 < int((differences > 1e-3).sum()) < 20 or same  # some have no neighbours
 
     def test_lesions_reach_into_the_neighbours_that_are_close(self):
-        image = torch.full((3, 48, 48), 0.5)
+        image = torch.full((1 + len(NEIGHBOURS), 48, 48), 0.5)
         lesions = RandomLesions(probability=1, count=1, sizes=(4, 5))
-        for distance, reached in ((0.5, True), (5.0, False)):
-            changed = (lesions(image, np.random.default_rng(1), distance)[0] - image).abs().amax((1, 2))
-            assert float(changed[1]) > 0.02
-            assert bool((changed[[0, 2]] > 0.02).all()) == reached
+        for distance, reached in ((0.5, 5), (1.8, 3), (5.0, 1)):  # the slice, those beside it, those beyond
+            changed = (lesions(image, np.random.default_rng(1), distance)[0] - image).abs().amax((1, 2)) > 0.02
+            assert changed.tolist() == [n < reached for n in range(5)]
 
     @pytest.mark.parametrize("size", [2.5, 9.0])
     def test_a_lesion_weighs_the_same_whatever_its_size(self, size):
-        image = torch.full((3, 48, 48), 0.5)
+        image = torch.full((1 + len(NEIGHBOURS), 48, 48), 0.5)
         lesions = RandomLesions(probability=1, count=1, sizes=(size, size), emphasis=70)
         changed, weights = lesions(image, np.random.default_rng(1))
         assert float((weights - 1).sum()) == pytest.approx(70, rel=1e-4)
-        assert bool(((weights > 2) <= ((changed[1] - image[1]).abs() > 1e-3)).all())
+        assert bool(((weights > 2) <= ((changed[0] - image[0]).abs() > 1e-3)).all())
         assert bool((RandomLesions(probability=0)(image, np.random.default_rng(1))[1] == 1).all())
 
     def test_planes_across_thick_slices_are_no_truth(self):
@@ -123,16 +123,16 @@ def test_thick_slices_lie_across_the_rows_as_in_inference():
     inputs = MetaTensor(torch.rand(1, 1, 32, 34, 36), meta={"factor": [1.0, 1.0, 4.0]})
     OrthogonalSlices(positions=True, facts=True, skip_background=False)(inputs, lambda x: seen.append(x) or x[:, :1])
     for maps in (*(patches[n][0]["image"] for n in range(20)), *(x[0] for x in seen)):
-        rows, columns = maps[6, 0, 0], maps[9, 0, 0]  # 1 / factor
+        rows, columns = maps[IMAGES + 2, 0, 0], maps[IMAGES + 5, 0, 0]  # 1 / factor
         assert rows < 0.4 <= columns or columns == 1
         if columns == 1:
             assert not maps[1].any()  # nothing was zero-filled across slices
 
 
 class TestConditions:
-    def inputs(self, image, excess, noise, after=None):
+    def inputs(self, image, excess, noise, last=None):
         maps = conditions((2, 2), slice(0, 12), slice(0, 12), (0, 0), noise, torch.linspace(-2, 0, SPECTRUM))[None]
-        return torch.cat([image, excess, image, image if after is None else after, maps], 1)
+        return torch.cat([image, excess, *[image] * (len(NEIGHBOURS) - 1), image if last is None else last, maps], 1)
 
     def test_positions_then_facts(self):
         spectrum, kinds = torch.linspace(-1, 1, SPECTRUM), torch.rand(FACTS - 3 - SPECTRUM)
@@ -142,20 +142,20 @@ class TestConditions:
         torch.testing.assert_close(maps[6:, 2, 2], torch.cat([torch.tensor([0.8, 0, 1.5]), spectrum, kinds]))
 
     def test_facts_and_zero_filling_change_the_result_of_a_trained_network_only(self):
-        network = PixelShuffleResidualNet(features=8, num_blocks=2, positions=True, facts=FACTS)
+        network = PixelShuffleResidualNet(features=8, num_blocks=2, positions=True, facts=True)
         image, excess = torch.rand(2, 1, 1, 12, 12)
         torch.testing.assert_close(network(self.inputs(image, excess, 0)), image)
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         first = network(self.inputs(image, excess, 0))
-        for other in (self.inputs(image, excess, 0.05), self.inputs(image, 0 * excess, 0), self.inputs(image, excess, 0, after=0 * image)):
+        for other in (self.inputs(image, excess, 0.05), self.inputs(image, 0 * excess, 0), self.inputs(image, excess, 0, last=0 * image)):
             assert float((network(other) - first).abs().max()) > 1e-4
 
     def test_weights_of_a_network_that_is_told_less_are_taken(self):
         plain = PixelShuffleResidualNet(features=8, num_blocks=2)
         for parameter in plain.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
-        told = PixelShuffleResidualNet(features=8, num_blocks=2, positions=True, facts=FACTS)
+        told = PixelShuffleResidualNet(features=8, num_blocks=2, positions=True, facts=True)
         told.load_state_dict(plain.state_dict())
         image, excess = torch.rand(2, 1, 1, 12, 12)
         torch.testing.assert_close(told(self.inputs(image, excess, 0.02)), plain(image))
@@ -164,8 +164,8 @@ class TestConditions:
         assert not told.embedding[0].weight[:, 5:].any()
 
     def test_facts_need_positions(self):
-        with pytest.raises(ValueError, match="facts=3"):
-            PixelShuffleResidualNet(facts=3)
+        with pytest.raises(ValueError, match="facts need positions"):
+            PixelShuffleResidualNet(facts=True)
 
 
 class TestSpectralFacts:
@@ -227,7 +227,7 @@ def test_measured_kspace_is_put_back(factors):
 
 class TestReport:
     def test_interpolation_gains_nothing_over_itself(self, tmp_path):
-        network = PixelShuffleResidualNet(features=4, num_blocks=1, positions=True, facts=FACTS)
+        network = PixelShuffleResidualNet(features=4, num_blocks=1, positions=True, facts=True)
         table = measure_acquisitions([volume()], network, str(tmp_path), slices=3)
         assert {row.split(":")[0] for row in table} == {"x2", "5 mm"}
         for row, volumes in table.items():
@@ -239,7 +239,7 @@ class TestReport:
         assert (tmp_path / "acquisitions.json").is_file()
 
     def test_thick_slices_only_of_thin_ones(self, tmp_path):
-        network = PixelShuffleResidualNet(features=4, num_blocks=1, positions=True, facts=FACTS)
+        network = PixelShuffleResidualNet(features=4, num_blocks=1, positions=True, facts=True)
         table = measure_acquisitions([volume((64, 60, 50), (1, 1, 4))], network, str(tmp_path), slices=2)
         assert not any("mm" in row for row in table)
 

@@ -15,7 +15,7 @@ import toy_dicom
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
-from bundle.conditions import FACTS, conditions
+from bundle.conditions import conditions
 from bundle.errors import InputError, reason
 from bundle.files import sha256
 from bundle.grid import InPlaneFactorsd
@@ -32,7 +32,7 @@ SMALL = {"features": 8, "num_blocks": 1}
 
 def network(seed=0):
     torch.manual_seed(seed)
-    net = PixelShuffleResidualNet(**SMALL, positions=True, facts=FACTS)
+    net = PixelShuffleResidualNet(**SMALL, positions=True, facts=True)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.08)
     return net
@@ -94,7 +94,7 @@ class TestHead:
     def test_it_takes_at_most_a_tenth_of_the_arithmetic(self):
         from torch.utils.flop_counter import FlopCounterMode
 
-        net = PixelShuffleResidualNet(positions=True, facts=FACTS)
+        net = PixelShuffleResidualNet(positions=True, facts=True)
         x, operations = torch.rand(1, net.channels, 64, 64), []
         for module in (net, WithUncertainty(net)):
             with FlopCounterMode(display=False) as counter:

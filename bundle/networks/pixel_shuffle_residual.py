@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..conditions import FACTS, NEIGHBOURS
 from .initialization import start_at_zero
 
 __all__ = ["IMAGES", "PixelShuffleResidualNet"]
 
-IMAGES = 4  # of a network with facts: the slice, the excess of zero-filling, the slices before and after
+IMAGES = 2 + len(NEIGHBOURS)  # of a network with facts: the slice, the excess of zero-filling, the neighbouring slices
 
 
 class PixelShuffleResidualNet(nn.Module):
@@ -29,21 +30,21 @@ class PixelShuffleResidualNet(nn.Module):
         positions: whether the network receives the positions of the pixels (:func:`bundle.conditions.positions`), which scale and shift
             the features of each block (Wang X. et al., CVPR 2018, doi 10.1109/CVPR.2018.00070). Initially it ignores them, so that it
             can load weights of a network without positions.
-        facts: number of constant channels (:func:`bundle.conditions.conditions`), 0 for none. Together with the factors they pass
+        facts: whether it also receives constant channels (:func:`bundle.conditions.conditions`). Together with the factors they pass
             through a small perceptron (32 units), which also scales and shifts the features of each block. A network with facts also
-            receives :func:`bundle.conditions.zero_filled_excess` and both neighbouring slices. It can load weights of a network with fewer
+            receives :func:`bundle.conditions.zero_filled_excess` and four neighbouring slices. It can load weights of a network with fewer
             images or facts, or none, and initially ignores the new inputs.
     """
 
-    def __init__(self, features: int = 64, num_blocks: int = 9, stride: int = 2, positions: bool = False, facts: int = 0) -> None:
+    def __init__(self, features: int = 64, num_blocks: int = 9, stride: int = 2, positions: bool = False, facts: bool = False) -> None:
         super().__init__()
         if facts and not positions:
-            raise ValueError(f"facts need positions, got facts={facts} and positions={positions}")
+            raise ValueError("facts need positions")
         self.stride, self.images = stride, IMAGES if facts else 1
-        self.channels = self.images + 6 + facts if positions else 1
+        self.channels = self.images + 6 + FACTS * facts if positions else 1
         self.shallow = _conv(self.images * stride**2, features)
         position_channels = 6 * stride**2 if positions else 0
-        self.embedding = nn.Sequential(nn.Linear(2 + facts, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU()) if facts else None
+        self.embedding = nn.Sequential(nn.Linear(2 + FACTS, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU()) if facts else None
         blocks = [ResidualBlock(features, position_channels, 32 if facts else 0) for _ in range(num_blocks)]
         self.deep = nn.ModuleList([*blocks, LastConvolution(features, features, 3, padding=1)])
         self.reconstruct = start_at_zero(_conv(features, stride**2))
@@ -52,8 +53,8 @@ class PixelShuffleResidualNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, 1, H, W) -> (N, 1, H, W), for any H and W: the last row and column are repeated up to a multiple of ``stride``.
 
-        With ``positions`` the input is (N, 7, H, W): the slice, then its positions. With ``facts`` it is (N, 10 + facts, H, W): the slice,
-        the excess of zero-filling, the slices before and after, the positions, and the constant facts.
+        With ``positions`` the input is (N, 7, H, W): the slice, then its positions. With ``facts`` it is (N, 37, H, W): the slice,
+        the excess of zero-filling, the neighbouring slices, the positions, and the constant facts.
         """
         return self.result(x, self.features(x)[0])
 
@@ -85,7 +86,7 @@ class PixelShuffleResidualNet(nn.Module):
         the same positions, as with factors of 1 and 2 and a stride of 2.
 
         Args:
-            maps: (6 + facts, stride, stride), positions and facts of the first group.
+            maps: (6 + 25, stride, stride), positions and facts of the first group.
         """
         positions, facts = self.embedded(maps[None])
         blocks = [layer.folded(positions, facts) if isinstance(layer, ResidualBlock) else layer for layer in self.deep]

@@ -264,7 +264,7 @@ class AcquiredPatches(Dataset):
             if float((voxels.select(axis, n) > self.threshold).float().mean()) > 0.08:
                 break
         image = torch.stack([voxels.select(axis, place).float() for place in with_neighbours(n, voxels.shape[axis])])
-        image = image[[0, 2, 1, 4, 3]] if random.integers(2) else image  # the other way
+        image = image[[0, 2, 1, 4, 3]] if random.integers(2) else image  # from the other side
         image = torch.rot90(image, int(random.integers(4)), (1, 2))
         image = image.flip(2) if random.integers(2) else image
         for side in (1, 2):  # crop empty borders

@@ -15,7 +15,7 @@ import toy_dicom
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
-from bundle.conditions import conditions
+from bundle.conditions import NEIGHBOURS, conditions
 from bundle.errors import InputError, reason
 from bundle.files import sha256
 from bundle.grid import InPlaneFactorsd
@@ -111,7 +111,7 @@ class TestHead:
         maps = conditions((2, 2), slice(0, 24), slice(0, 24), (0, 0), 0.0, torch.zeros(10))
         for _ in range(300):
             image = torch.rand(8, 1, 1, 1).expand(-1, 1, 24, 24) * (torch.arange(24) > 11)
-            x = torch.cat([image, torch.zeros_like(image), image, image, maps.expand(8, -1, -1, -1)], 1)
+            x = torch.cat([image, torch.zeros_like(image), *[image] * len(NEIGHBOURS), maps.expand(8, -1, -1, -1)], 1)
             with torch.no_grad():
                 truth = net(x) + torch.randn_like(image) * torch.where(image > 0, 0.2, 0.02)
             optimizer.zero_grad()

@@ -85,5 +85,5 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _input_error(error: BaseException) -> InputError | None:
-    """The innermost :class:`InputError` of the chain."""
-    return next((e for e in reversed(list(_chain(error))) if isinstance(e, InputError)), None)
+    """The outermost :class:`InputError` of the chain: it may name the file of an inner one."""
+    return next((e for e in _chain(error) if isinstance(e, InputError)), None)

@@ -238,6 +238,21 @@ class TestReport:
         assert "| x2: k-space truncation | 1 |" in text
         assert (tmp_path / "acquisitions.json").is_file()
 
+    def test_an_evaluated_slice_stands_between_its_neighbours(self, tmp_path):
+        """The slices of this volume differ by one step, so the network sees which ones it gets."""
+        image, step, seen = torch.zeros(1, 40, 40, 21), 1 / 25, []
+        image[:, 8:32, 8:32] = step * torch.arange(2, 23)
+
+        class Steps(torch.nn.Module):
+            def forward(self, x):
+                seen.append((x[:, 2:IMAGES] - x[:, :1])[0, :, 20, 20] / step)
+                return x[:, :1]
+
+        measure_acquisitions([{"image": MetaTensor(image)}], Steps(), str(tmp_path), thicknesses=(), slices=3)
+        first, middle, last = seen[2:15:5]  # of the first row, bicubic; the others are their neighbours
+        for found, expected in ((first, [0, 1, 0, 2]), (middle, [-1, 1, -2, 2]), (last, [-1, 0, -2, 0])):
+            assert found.tolist() == pytest.approx(expected, abs=0.1)
+
     def test_thick_slices_only_of_thin_ones(self, tmp_path):
         network = PixelShuffleResidualNet(features=4, num_blocks=1, positions=True, facts=True)
         table = measure_acquisitions([volume((64, 60, 50), (1, 1, 4))], network, str(tmp_path), slices=2)

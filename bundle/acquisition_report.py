@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .acquisition import Acquisition, Sampling, cut_to_acquired
-from .conditions import slices_with_anatomy, with_neighbours
+from .conditions import MIDDLES, between_neighbours, slices_with_anatomy
 from .consistency import Recognition
 from .errors import switch
 from .files import write_atomically, write_json
@@ -127,7 +127,7 @@ def measure_acquisitions(
         image = item["image"]
         truth = cut_to_acquired(image.as_tensor()[0], (0, 1))
         groups = _evenly(truth, slices)
-        chosen = groups[2::5]  # each between its neighbours, which the network sees too
+        chosen = groups[MIDDLES]
         for factor in factors:
             for title, (profile, width, noise) in IN_PLANE.items():
                 sampling = Sampling(float(factor), profile, width)
@@ -135,8 +135,8 @@ def measure_acquisitions(
                 size = chosen.shape[1:]
                 spline, filled = (enlarge(scan, (factor, factor), size, mode) for mode in ("spline", "kspace"))
                 given = spline if interpolation == "spline" else enlarge(scan, (factor, factor), size, interpolation)
-                result = apply(given.movedim(0, -1), {"factor": [factor, factor]}, noise).movedim(-1, 1)[:, 2::5]
-                note(f"x{factor:g}: {title}", name_of(image), chosen, result, {"spline": spline[2::5], "zero-filled": filled[2::5]})
+                result = apply(given.movedim(0, -1), {"factor": [factor, factor]}, noise).movedim(-1, 1)[:, MIDDLES]
+                note(f"x{factor:g}: {title}", name_of(image), chosen, result, {"spline": spline[MIDDLES], "zero-filled": filled[MIDDLES]})
         for thickness in thicknesses:
             factor = round(thickness / float(image.pixdim[2]), 4)
             if factor < 3:
@@ -175,10 +175,9 @@ def _report_uncertainty(head: Head, cells: dict[str, dict[str, Cell]], calibrate
 
 
 def _evenly(volume: Tensor, count: int) -> Tensor:
-    """Evenly spaced axial slices with anatomy, each between its neighbours: (5 * count, X, Y)."""
+    """Evenly spaced axial slices with anatomy, each between its neighbours, which the network sees too: (5 * count, X, Y)."""
     places = slices_with_anatomy(volume.movedim(-1, 0), 0.05, count)
-    groups = [place for n in places for place in sorted(with_neighbours(n, volume.shape[2]))]
-    return volume[..., groups].movedim(-1, 0).contiguous()
+    return volume[..., between_neighbours(places, volume.shape[2])].movedim(-1, 0).contiguous()
 
 
 def _body(volume: Tensor) -> Tensor:

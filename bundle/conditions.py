@@ -19,7 +19,9 @@ from .resampling import PIXEL_FRACTION, downsample, enlarge
 
 __all__ = [
     "FACTS",
+    "MIDDLES",
     "NEIGHBOURS",
+    "between_neighbours",
     "conditions",
     "measured_samples",
     "positions",
@@ -34,6 +36,7 @@ NOISE_UNIT = 0.02  # of the intensity scale
 BANDS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)  # borders, in Nyquist frequencies of the measured samples
 CORNER = 0.7  # Nyquist frequencies: if both frequencies are above, noise dominates anatomy
 NEIGHBOURS = (-1, 1, -2, 2)  # the slices around one that the network sees too, in the order of its inputs
+MIDDLES = slice(len(NEIGHBOURS) // 2, None, 1 + len(NEIGHBOURS))  # the slices themselves among those of between_neighbours()
 SLICES = 32  # used for the facts, at most
 FOREGROUND = 0.05  # of the intensity scale
 SPECTRUM = 2 * (len(BANDS) - 2)  # numbers that describe it
@@ -143,6 +146,17 @@ def with_neighbours(n: int, count: int) -> list[int]:
         ([2, 1, 3, 0, 4], [0, 0, 1, 0, 2])
     """
     return [min(max(n + offset, 0), count - 1) for offset in (0, *NEIGHBOURS)]
+
+
+def between_neighbours(places: Sequence[int], count: int) -> list[int]:
+    """Indices of some of ``count`` slices, each between its neighbours, in the order of the volume. Inference finds the neighbours of a
+    slice by their place, so the results of :data:`MIDDLES` are those in the whole volume.
+
+    Example:
+        >>> between_neighbours([3, 8], 9)
+        [1, 2, 3, 4, 5, 6, 7, 8, 8, 8]
+    """
+    return [index for n in places for index in sorted(with_neighbours(n, count))]
 
 
 def measured_samples(image: Tensor, factors: Sequence[float], mode: str = "spline") -> Tensor:

@@ -25,6 +25,7 @@ from .transforms import name_of
 
 __all__ = ["AcquiredPatches", "MeasuredSlices", "RandomAcquisition", "RandomContrast", "RandomLesions"]
 
+MIRRORED = [(0, *NEIGHBOURS).index(-offset) for offset in (0, *NEIGHBOURS)]  # a slice and its neighbours, seen from the other side
 ALONE = 0.1  # of the slices come without neighbours: they are their own
 THICK = 1.4  # times the smallest spacing: planes must not contain a coarser axis
 
@@ -264,7 +265,7 @@ class AcquiredPatches(Dataset):
             if float((voxels.select(axis, n) > self.threshold).float().mean()) > 0.08:
                 break
         image = torch.stack([voxels.select(axis, place).float() for place in with_neighbours(n, voxels.shape[axis])])
-        image = image[[0, 2, 1, 4, 3]] if random.integers(2) else image  # from the other side
+        image = image[MIRRORED] if random.integers(2) else image
         image = torch.rot90(image, int(random.integers(4)), (1, 2))
         image = image.flip(2) if random.integers(2) else image
         for side in (1, 2):  # crop empty borders

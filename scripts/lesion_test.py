@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 import bundle
 from bundle.acquisition import Acquisition, Sampling
 from bundle.checkpoints import load_weights
-from bundle.conditions import with_neighbours
+from bundle.conditions import MIDDLES, between_neighbours
 from bundle.errors import InputError, reason
 from bundle.figures import Panel, save_panels
 from bundle.files import write_atomically, write_json
@@ -174,13 +174,13 @@ class LesionTest:
                 factors = (1.0, 1.0, factor)
                 row = f"{self.given.thickness:g} mm {title}"
             else:
-                part = [place for n in planes for place in sorted(with_neighbours(n, plain.shape[2]))]  # the network sees them
+                part = between_neighbours(planes, plain.shape[2])
                 factors, row = (self.given.factor, self.given.factor), f"x{self.given.factor:g}: {title}"
             truths = [plain[..., part], (plain + added)[..., part]]
             results = [self.results(truth, scan, factors) for truth in truths]
             if not scan.thick:
-                part, truths = planes, [truth[..., 2::5] for truth in truths]
-                results = [{method: image[..., 2::5] for method, image in images.items()} for images in results]
+                part, truths = planes, [truth[..., MIDDLES] for truth in truths]
+                results = [{method: image[..., MIDDLES] for method, image in images.items()} for images in results]
             numbers = list(range(plain.shape[2]))[part] if isinstance(part, slice) else part
             self.note_lesions(row, volume, lesions, added, numbers, spacing, results)
             self.note_inventions(row, volume, truths[0].numpy(), white[..., numbers], spacing, results[0])

@@ -13,6 +13,7 @@ from bundle.acquisition import Acquisition, Sampling
 from bundle.acquisition_report import measure_acquisitions
 from bundle.conditions import (
     FACTS,
+    MIDDLES,
     NEIGHBOURS,
     SPECTRUM,
     conditions,
@@ -249,7 +250,7 @@ class TestReport:
                 return x[:, :1]
 
         measure_acquisitions([{"image": MetaTensor(image)}], Steps(), str(tmp_path), thicknesses=(), slices=3)
-        first, middle, last = seen[2:15:5]  # of the first row, bicubic; the others are their neighbours
+        first, middle, last = seen[:15][MIDDLES]  # of the first row, bicubic; the others are their neighbours
         for found, expected in ((first, [0, 1, 0, 2]), (middle, [-1, 1, -2, 2]), (last, [-1, 0, -2, 0])):
             assert found.tolist() == pytest.approx(expected, abs=0.1)
 

@@ -11,7 +11,6 @@ import ignite.distributed as idist
 import torch
 from monai.data import MetaTensor
 from monai.engines import SupervisedEvaluator
-from monai.transforms import Compose
 
 from .checkpoints import CheckpointLoader
 from .errors import InputError, full_disk, reason
@@ -55,7 +54,7 @@ class VolumeInference(SupervisedEvaluator):
                 "configs/inference_torchscript.json for TorchScript"
             )
         super().__init__(val_handlers=val_handlers, **kwargs)
-        self.results, self.inspect, self.save = results, inspection, Compose([postprocessing, saving])
+        self.results, self.inspect, self.postprocess, self.save = results, inspection, postprocessing, saving
         self.failures: list[tuple[str, str]] = []
         self.passed_over: list[str] = []
         self.done_before = 0
@@ -126,6 +125,7 @@ class VolumeInference(SupervisedEvaluator):
             item = self.inspect({**item, "pred": pred[:1]})
             item["image"] = _without_voxels(item["image"])
             del pred
+            item = self.postprocess(item)
             self.save(item)
         except Exception as e:
             full = full_disk(e)

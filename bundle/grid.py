@@ -7,18 +7,22 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import nibabel as nib
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import InvertibleTransform, MapTransform, Orientation
+from monai.transforms import InvertibleTransform, MapTransform, Orientationd
+from torch import Tensor
 
 from .errors import InputError, PassedOver
+from .memory import empty_volume
 from .resampling import Factor, check_factor, downsample, enlarge, interpolate_slices, refined_size
 from .transforms import name_of
 
+SLICES = 16  # that are interpolated at a time: more would need more memory, and fewer more time
 ISOTROPIC = 1.1  # largest side of a voxel, as a multiple of the smallest, that counts as isotropic
 
-__all__ = ["InPlaneFactorsd", "IsotropicFactorsd", "ThickAxisLastd", "Upsampled", "oriented", "slice_width"]
+__all__ = ["InPlaneFactorsd", "IsotropicFactorsd", "Orientd", "ThickAxisLastd", "Upsampled", "oriented", "slice_width"]
 
 
 class InPlaneFactorsd(MapTransform):
@@ -148,11 +152,35 @@ class ThickAxisLastd(MapTransform, InvertibleTransform):
         return d
 
 
+class Orientd(Orientationd):
+    """:class:`monai.transforms.Orientationd`, whose inverse needs no memory for large volumes (:func:`oriented`)."""
+
+    def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict:  # type: ignore[override]
+        d: dict = dict(data)
+        for key in self.key_iterator(d):
+            before = self.ornt_transform.pop_transform(d[key])["extra_info"]["original_affine"]
+            d[key] = oriented(d[key], "".join(nib.aff2axcodes(np.asarray(before))))
+        return d
+
+
 def oriented(image: MetaTensor, axcodes: str) -> MetaTensor:
-    """A volume (1, X, Y, Z) with its axes permuted and flipped to ``axcodes``, such as ``"RAS"``; not recorded for inversion."""
-    turn = Orientation(axcodes=axcodes, labels=None)
-    with turn.trace_transform(False):
-        return turn(image)  # type: ignore[return-value]
+    """A volume (1, X, Y, Z) with its axes permuted and flipped to ``axcodes``, such as ``"RAS"``; not recorded for inversion. The slices
+    lie in memory, or in a file (:func:`bundle.memory.empty_volume`), in the same order as before."""
+    affine = image.affine.cpu().numpy()
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(axcodes))
+    axes = [1 + int(axis) for axis in turn[:, 0].argsort()]
+    flipped = [1 + axis for axis, direction in enumerate(turn[:, 1]) if direction < 0]
+    voxels = image.as_tensor()
+    if flipped and voxels.device.type == "cpu":
+        slowest = max((1, 2, 3), key=voxels.stride)
+        turned = empty_volume(voxels.movedim(slowest, 0).shape, voxels.dtype).movedim(0, slowest)
+        turned.numpy()[:] = np.flip(voxels.numpy(), tuple(flipped))  # torch would flip into a copy first
+        voxels = turned
+    elif flipped:
+        voxels = voxels.flip(flipped)
+    result = MetaTensor(voxels.permute(0, *axes), meta=dict(image.meta), applied_operations=image.applied_operations)
+    result.affine = image.affine @ torch.as_tensor(nib.orientations.inv_ornt_aff(turn, image.shape[1:])).to(image.affine)
+    return result
 
 
 def slice_width(image: MetaTensor) -> float:
@@ -187,12 +215,19 @@ def _refined(image: MetaTensor, factors: Sequence[float], mode: str, acquired: S
     if len(factors) > 2:  # first along the thick axis
         voxels = interpolate_slices(voxels, factors[2], refined_size(voxels.shape[-1], factors[2]))
     slices, size = voxels.movedim(-1, 0), [refined_size(side, factor) for side, factor in zip(voxels.shape[1:3], factors)]
-    if min(acquired) < 1:
-        slices = downsample(slices, [1 / fraction for fraction in acquired], "kspace")
     from_acquired = [factor / fraction for factor, fraction in zip(factors, acquired)]
-    voxels = enlarge(slices, from_acquired, size, mode).movedim(0, -1)
-    if len(factors) > 2:  # without a third factor only axial slices are looked at, which lie one after the other in memory now
-        voxels = voxels.contiguous()
+
+    def enlarged(part: Tensor) -> Tensor:
+        part = part if min(acquired) == 1 else downsample(part, [1 / fraction for fraction in acquired], "kspace")
+        return enlarge(part, from_acquired, size, mode)
+
+    if len(factors) > 2:  # planes along all axes are looked at
+        voxels = enlarged(slices).movedim(0, -1).contiguous()
+    else:  # only axial slices are looked at, which lie one after the other in memory
+        refined_slices = empty_volume((len(slices), 1, *size), slices.dtype)
+        for part, result in zip(slices.split(SLICES), refined_slices.split(SLICES)):
+            result.copy_(enlarged(part))
+        voxels = refined_slices.movedim(0, -1)
     step = torch.ones(4, dtype=torch.float64)
     step[: len(factors)] /= torch.tensor(factors, dtype=torch.float64)
     to_input = torch.diag(step)

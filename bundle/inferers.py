@@ -20,7 +20,7 @@ from .conditions import conditions, measured_samples, spectral_facts, with_measu
 from .conditions import positions as subpixel_positions
 from .consistency import Correction, Recognition, Recognized
 from .errors import InputError, switch
-from .memory import release_freed_memory
+from .memory import empty_volume, release_freed_memory
 from .networks.uncertainty import WithUncertainty
 from .precision import in_precision
 
@@ -144,14 +144,21 @@ class Scan:
         self.inferer, self.network, self.infer = inferer, network, infer
         self.uncertain = isinstance(network, WithUncertainty)
         self.factors, self.across = self._factors(inputs) if inferer.positions or inferer.denoise < 1 else ([], [])
-        self.outputs = torch.cat([inputs, torch.zeros_like(inputs)], 1) if self.uncertain else inputs.clone()
         # plain tensors, (slices, N, C, H, W): metadata would be copied with every part
-        self.planes, self.target = (
-            torch.as_tensor(v).as_subclass(Tensor).movedim(inferer.spatial_dim + 2, 0) for v in (inputs, self.outputs)
-        )
+        self.planes = torch.as_tensor(inputs).as_subclass(Tensor).movedim(inferer.spatial_dim + 2, 0)
+        shape = (*self.planes.shape[:2], 1 + self.uncertain, *self.planes.shape[3:])
+        # planes across thick slices do not lie one after the other
+        in_order = inputs.device.type == "cpu" and self.planes.is_contiguous()
+        self.target = empty_volume(shape, inputs.dtype) if in_order else self.planes.new_empty(shape)
+        outputs = self.target.movedim(0, inferer.spatial_dim + 2)
+        if isinstance(inputs, MetaTensor):
+            outputs = MetaTensor(outputs, meta=dict(inputs.meta), applied_operations=inputs.applied_operations)
+        self.outputs = outputs
         every = slice(0, self.planes.shape[-2]), slice(0, self.planes.shape[-1])
         self.boxes = {}
         for n, plane in enumerate(self.planes):
+            self.target[n, :, :1] = plane
+            self.target[n, :, 1:] = 0
             box = foreground_box(plane, inferer.threshold, inferer.margin) if inferer.skip_background else every
             if box is not None:
                 self.boxes[n] = box
@@ -183,23 +190,23 @@ class Scan:
 
     def restored(self, recognized: Recognized | None) -> Any:
         """The result: (N, 1 or 2, three spatial axes)."""
-        denoise, target = self.inferer.denoise, self.target
+        denoise = self.inferer.denoise
         knowing = self._told(recognized.kinds if recognized else self.kinds)
-        for n in tqdm(self.boxes, unit="slice", disable=not self.inferer.show_slices):
-            self._compute(n, *knowing)
         correction = None
         if recognized:
             self.outputs.meta["recognized"] = recognized.facts()  # type: ignore[attr-defined]
             if not any(self.across) or 1 in self.factors:  # how the other axis of planes across thick slices was sampled is not known
                 correction = Correction(self.measured, self.planes.shape[-2:], self.factors, recognized)
-        for n in self.boxes:
-            result = target[n, :, :1]  # a view
+        for n in tqdm(self.boxes, unit="slice", disable=not self.inferer.show_slices):
+            self._compute(n, *knowing)
+            result = self.target[n, :, :1]  # a view
             if correction:
                 result.copy_(correction(result, n))
             if denoise < 1:
                 result.copy_(with_measured_kspace(result, self.planes[n], self.factors, 1 - denoise, self.inferer.interpolation))
         if self.uncertain and denoise < 1:
-            target[:, :, 1:] = target[:, :, 1:].square().add_(((1 - denoise) * self.noise) ** 2).sqrt_()
+            for n in range(len(self.target)):
+                self.target[n, :, 1:] = (self.target[n, :, 1:].square() + ((1 - denoise) * self.noise) ** 2).sqrt()
         release_freed_memory()
         return self.outputs
 

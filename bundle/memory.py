@@ -1,17 +1,70 @@
-"""Settings of the C library's memory allocator: keep freed memory that will be needed again."""
+"""Memory: large volumes lie in temporary files; freed memory that will be needed again is kept."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import math
+import mmap
+import os
 import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
-__all__ = ["keep_freed_memory", "release_freed_memory"]
+import torch
+from torch import Tensor
+
+__all__ = ["empty_volume", "in_file", "keep_freed_memory", "release_freed_memory"]
+
+IN_MEMORY = 1 << 28  # bytes; larger volumes lie in a temporary file
+PERIOD = 0.05  # seconds after which the pages of such volumes are given back
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # malloc.h of glibc
 LARGEST_KEPT = (1 << 26, 1 << 25)  # bytes; the first accepted one applies: feature maps and their spectra are kept, volumes are not
 NEVER = (1 << 31) - 1  # free bytes at the end of the heap before it shrinks
+
+mapped: WeakSet[mmap.mmap] = WeakSet()
+"""The temporary files of the volumes that exist."""
+
+
+def empty_volume(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A volume with any content, for work slice by slice, along the first axis.
+
+    If it has more than 256 MiB, it lies in a temporary file of the system's folder for these (``TMPDIR``), and memory holds only what was
+    used in the last moments. It lies in memory on systems other than Linux, and if the disk has no room.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if not in_file(size):
+        return torch.empty(*shape, dtype=dtype)
+    try:
+        with tempfile.TemporaryFile() as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and the end of the process later
+            pages = mmap.mmap(file.fileno(), size)
+    except OSError:
+        return torch.empty(*shape, dtype=dtype)
+    mapped.add(pages)
+    if len(mapped) == 1:
+        threading.Thread(target=_give_pages_back, daemon=True).start()
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
+
+
+def in_file(size: int) -> bool:
+    """Whether :func:`empty_volume` puts a volume of this size, in bytes, into a file, if the disk has room."""
+    return size > IN_MEMORY and sys.platform.startswith("linux")
+
+
+def _give_pages_back() -> None:
+    """Give the pages of the mapped files back to the system while there are such files. The system would do so too, but only when memory
+    runs out. The content stays in the files: reading it again costs a page fault, and a read from the disk if the system wrote it there."""
+    while mapped:
+        for pages in list(mapped):
+            pages.madvise(mmap.MADV_DONTNEED)
+            del pages  # it would keep the file
+        time.sleep(PERIOD)
 
 
 @functools.cache

@@ -189,10 +189,12 @@ class AcquiredPatches(Dataset):
         min_foreground: fraction of pixels above ``threshold`` that a patch should have; up to ten places are tried.
         threshold: see ``min_foreground``.
         seed: seed of all random choices.
-        facts: whether the network receives facts; networks without facts cannot be trained on these patches.
+        positions, facts: inputs of the network, see :class:`bundle.inferers.ForegroundInferer`; without both it is blind, as the
+            compared networks are.
+        interpolation: mode of the interpolation to the finer grid (:func:`bundle.resampling.enlarge`).
 
     Raises:
-        InputError: if a volume has no plane that holds a patch, or ``facts`` is false.
+        InputError: if a volume has no plane that holds a patch, or the network receives positions without facts.
     """
 
     def __init__(
@@ -208,14 +210,18 @@ class AcquiredPatches(Dataset):
         min_foreground: float = 0.25,
         threshold: float = 0.05,
         seed: int = 0,
+        positions: bool = True,
         facts: bool = True,
+        interpolation: str = "spline",
     ) -> None:
-        if not facts:
-            raise InputError("random acquisitions train networks with facts: add configs/general.json or configs/thick_slices.json")
+        if positions and not facts:
+            raise InputError(
+                "random acquisitions do not train networks with positions alone: use configs/general.json, which has facts too"
+            )
         with ThreadPool(min(os.cpu_count() or 1, len(volumes))) as pool:
             self.volumes = pool.map(lambda n: _truth(volumes[n]["image"], size), range(len(volumes)))
         self.acquisition, self.contrast, self.lesions, self.largest_reduction = acquisition, contrast, lesions, largest_reduction
-        self.size, self.seed = size, seed
+        self.size, self.seed, self.facts, self.interpolation = size, seed, facts, interpolation
         self.patches_per_slice, self.slices_per_volume = patches_per_slice, slices_per_volume
         self.min_foreground, self.threshold = min_foreground, threshold
 
@@ -223,9 +229,9 @@ class AcquiredPatches(Dataset):
         return len(self.volumes) * self.slices_per_volume
 
     def __getitem__(self, index: int) -> list[dict[str, Tensor]]:
-        """``[{"image": (37, size, size), "label": (2, size, size)}, ...]``. The image holds the slice interpolated by cubic B-splines, the
-        excess of zero-filling, the interpolated neighbours, and :func:`bundle.conditions.conditions`; the label holds the truth and the
-        weight of each pixel. Noise and spectrum are measured, as in inference."""
+        """``[{"image": (37, size, size), "label": (2, size, size)}, ...]``. The image holds the interpolated slice, the excess of
+        zero-filling, the interpolated neighbours, and :func:`bundle.conditions.conditions`; for a blind network the interpolated slice
+        alone. The label holds the truth and the weight of each pixel. Noise and spectrum are measured, as in inference."""
         random = np.random.default_rng((self.seed, index))
         truth, weights = self._slices(index % len(self.volumes), random)
         acquisition, widths, across = self.acquisition(random)
@@ -236,12 +242,12 @@ class AcquiredPatches(Dataset):
         truth, measured = truth[0], scan[0]
         noise, spectrum = spectral_facts(measured)
         kinds = recognized(*told_apart(acquisition, across), random, max(widths))
-        image, *neighbours = enlarge(scan, factors, truth.shape, "spline")
+        image, *neighbours = enlarge(scan, factors, truth.shape, self.interpolation)
         filled = measured  # what zero_filled_excess() computes from the interpolated slice: faster from the measured one
         for axis, thick in enumerate(across):
             step, size = [1.0, 1.0], list(filled.shape)
             step[axis], size[axis] = factors[axis], truth.shape[axis]
-            filled = enlarge(filled, step, size, "spline" if thick else "kspace")
+            filled = enlarge(filled, step, size, self.interpolation if thick else "kspace")
         image = torch.stack([image, filled - image, *neighbours])
         patches = []
         for _ in range(self.patches_per_slice):
@@ -251,8 +257,10 @@ class AcquiredPatches(Dataset):
                 label = truth[rows, columns]
                 if float((label > self.threshold).float().mean()) >= self.min_foreground:
                     break
-            maps = conditions(factors, rows, columns, widths, noise, spectrum, kinds)
-            patches.append({"image": torch.cat([image[:, rows, columns], maps]), "label": torch.stack([label, weights[rows, columns]])})
+            part = image[: None if self.facts else 1, rows, columns]
+            if self.facts:
+                part = torch.cat([part, conditions(factors, rows, columns, widths, noise, spectrum, kinds)])
+            patches.append({"image": part, "label": torch.stack([label, weights[rows, columns]])})
         return patches
 
     def _slices(self, volume: int, random: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,16 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from .dicom_volume import grid_of_series
-from .errors import InputError
+from .errors import InputError, switch
 from .headers import Header, file_format, in_mm, length_unit, named_as_nibabel_wants, nrrd_field, read_header
+from .memory import in_file
 
 __all__ = ["CheckMemoryd", "available_memory"]
 
 # float32 volumes held at once, measured: on the grid of the input, and on the refined grid
 GIVEN_COPIES, REFINED_COPIES = 4, 4
 UNCERTAINTY_COPIES = 4  # more on the refined grid, measured with the page
+FILES = 2  # volumes on the refined grid in temporary files at once
 PER_PIXEL = 1024  # bytes of feature maps per pixel of a slice
 
 
@@ -36,16 +40,23 @@ class CheckMemoryd(MapTransform):
             :class:`bundle.grid.IsotropicFactorsd`.
         axial_slices: see :class:`bundle.transforms.AxialSlicesd`.
         uncertainty: whether there will be an uncertainty map.
+        report: whether there will be an HTML report. Without both, large results lie in files (:func:`bundle.memory.empty_volume`).
 
     Raises:
-        InputError: with the volume, the memory that it needs and the memory that is free.
+        InputError: if ``report`` is neither true nor false; when called, with the volume, the memory that it needs and what is free.
     """
 
     def __init__(
-        self, keys: KeysCollection, factors: MapTransform, axial_slices: Sequence[int] | None = None, uncertainty: bool = False
+        self,
+        keys: KeysCollection,
+        factors: MapTransform,
+        axial_slices: Sequence[int] | None = None,
+        uncertainty: bool = False,
+        report: bool | str = False,
     ) -> None:
         super().__init__(keys)
         self.factors, self.axial_slices = factors, axial_slices
+        self.plain = not (uncertainty or switch("report", report))
         self.refined_copies = REFINED_COPIES + UNCERTAINTY_COPIES * uncertainty
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping:
@@ -72,13 +83,17 @@ class CheckMemoryd(MapTransform):
         stub = MetaTensor(torch.zeros(1, 1, 1, 1), affine=torch.as_tensor(affine))
         stub.meta["filename_or_obj"] = path
         (key,) = self.factors.keys
-        factors = [*self.factors({key: stub})[key].meta["factor"], 1, 1][:3]
+        given_factors = self.factors({key: stub})[key].meta["factor"]
+        factors = [*given_factors, 1, 1][:3]
         given = math.prod(shape)
         if self.axial_slices is not None and len(self.axial_slices) == 2:
             shape = (*shape[:2], min(shape[2], self.axial_slices[1] - self.axial_slices[0] + 1))
         refined = [float(n * f) for n, f in zip(shape, factors)]
         pixels = math.prod(sorted(refined)[-2:])
-        needed = 4 * (GIVEN_COPIES * given + self.refined_copies * math.prod(refined)) + PER_PIXEL * pixels
+        size = 4 * math.prod(refined)
+        fits = in_file(int(size)) and shutil.disk_usage(tempfile.gettempdir()).free > FILES * size
+        copies = 0 if fits and self.plain and len(given_factors) == 2 else self.refined_copies
+        needed = 4 * GIVEN_COPIES * given + copies * size + PER_PIXEL * pixels
         return needed, " x ".join(str(int(n)) for n in refined) + " voxels"
 
 

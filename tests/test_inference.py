@@ -90,8 +90,9 @@ def stored(request, tmp_path):
     return toy.write_nifti(tmp_path / "in" / "sub.nii.gz", array, to_world, **arguments)
 
 
-def test_only_the_result_is_in_memory_while_it_is_saved(infer, tmp_path, monkeypatch):
-    scan = toy.write_nifti(tmp_path / "in" / "sub.nii.gz", toy.head((30, 34, 9)))
+@pytest.mark.parametrize("axcodes", ["RAS", "LPS"])
+def test_only_the_result_is_in_memory_while_it_is_saved(axcodes, infer, tmp_path, monkeypatch):
+    scan = toy.write_nifti(tmp_path / "in" / "sub.nii.gz", *toy.stored_as(axcodes, toy.head((30, 34, 9)), toy.affine()))
 
     def large():
         gc.collect()

@@ -21,8 +21,7 @@ OF_INFERENCE = [
     *NETWORKS, "general", "any_factor", "isotropic", "inference_onnx", "inference_trt", "inference_torchscript", "multi_gpu_inference",
 ]  # fmt: skip
 DIFFERENT_WORKFLOWS = {frozenset(pair) for pair in itertools.combinations(("evaluate", "measure_ranges", "evaluate_acquisitions"), 2)}
-WITHOUT_FACTS = [*NETWORKS, "any_factor"]
-REFUSED = DIFFERENT_WORKFLOWS | {frozenset((name, "random_acquisitions")) for name in WITHOUT_FACTS}
+REFUSED = DIFFERENT_WORKFLOWS | {frozenset(("any_factor", "random_acquisitions"))}
 
 
 def merged(base, *overlays):
@@ -52,13 +51,13 @@ def test_the_order_of_two_overlays_does_not_matter(base, overlays):
             assert merged(base, *pair) == merged(base, *pair[::-1]), pair
 
 
-@pytest.mark.parametrize("network", WITHOUT_FACTS)
-def test_random_acquisitions_need_a_network_with_facts(network):
-    for order in ((network, "random_acquisitions"), ("random_acquisitions", network)):
-        patches = merged("train", *order)["train"]["patches"]
-        assert (patches["facts"], merged("train", *order)["facts"]) == ("@facts", False)
-    with pytest.raises(InputError, match=r"add configs/general\.json"):
-        AcquiredPatches([], RandomAcquisition(), facts=False)
+def test_random_acquisitions_refuse_a_network_with_positions_alone():
+    for order in (("any_factor", "random_acquisitions"), ("random_acquisitions", "any_factor")):
+        config = merged("train", *order)
+        assert [config["train"]["patches"][key] for key in ("positions", "facts")] == ["@positions", "@facts"]
+        assert (config["positions"], config["facts"]) == (True, False)
+    with pytest.raises(InputError, match=r"use configs/general\.json"):
+        AcquiredPatches([], RandomAcquisition(), positions=True, facts=False)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,21 @@ class TestAcquiredPatches:
             assert bool((patch["image"][IMAGES + 6 :] == told[6:, None, None]).all())
             assert float((patch["image"][0] - patch["label"][0]).abs().mean()) < 0.1
 
+    def test_a_blind_network_receives_the_slice_alone(self):
+        told, blind = (
+            AcquiredPatches([volume()], Fixed(), size=32, positions=facts, facts=facts, interpolation="bicubic")[0]
+            for facts in (True, False)
+        )
+        for a, b in zip(told, blind, strict=True):
+            assert torch.equal(a["image"][:1], b["image"])
+            assert torch.equal(a["label"], b["label"])
+
+    def test_the_slice_is_interpolated_as_in_inference(self):
+        spline, bicubic = (
+            AcquiredPatches([volume()], Fixed(noise=0.0), size=32, interpolation=m)[0][0]["image"] for m in ("spline", "bicubic")
+        )
+        assert not torch.equal(spline[0], bicubic[0])
+
     def test_neighbours_are_acquired_alike(self):
         """With one contrast and no noise, the neighbours in a volume of equal slices are equal to the slice, otherwise they differ."""
         equal = volume()

@@ -19,7 +19,7 @@ from .consistency import Recognition
 from .errors import switch
 from .files import write_atomically, write_json
 from .inferers import ForegroundInferer, OrthogonalSlices
-from .metrics import FOREGROUND, psnr
+from .metrics import FOREGROUND, head_of, psnr
 from .resampling import enlarge, interpolate_slices
 from .subjects import by_subject
 from .transforms import name_of
@@ -99,7 +99,8 @@ def measure_acquisitions(
         InputError: if a calibration has volumes of one person only.
 
     Returns:
-        row to ``{volume: {"psnr": ..., "spline": ..., "zero-filled": ..., "gain": ...}}``, in dB over the pixels of the truth above 0.05.
+        row to ``{volume: {"psnr": ..., "spline": ..., "zero-filled": ..., "gain": ...}}``, in dB, over the head
+        (:func:`bundle.metrics.head_of`).
     """
     network.eval()
     calibrate = switch("calibrate", calibrate)
@@ -190,8 +191,10 @@ def _body(volume: Tensor) -> Tensor:
 
 
 def _note(table: dict, row: str, volume: str, truth: Tensor, result: Tensor, interpolations: Mapping[str, Tensor]) -> None:
+    head = head_of(truth)
+
     def measured(image: Tensor) -> float:
-        return float(psnr(image.reshape(1, 1, 1, -1), truth.reshape(1, 1, 1, -1), foreground=True))
+        return float(psnr(image[head].view(1, 1, 1, -1), truth[head].view(1, 1, 1, -1)))
 
     values = {name: measured(image) for name, image in interpolations.items()}
     best, own = max(values.values()), measured(result)

@@ -7,6 +7,7 @@ import functools
 import math
 import mmap
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -18,10 +19,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-__all__ = ["empty_volume", "in_file", "keep_freed_memory", "release_freed_memory"]
+__all__ = ["empty_volume", "in_files", "keep_freed_memory", "release_freed_memory"]
 
 IN_MEMORY = 1 << 28  # bytes; larger volumes lie in a temporary file
-PERIOD = 0.05  # seconds after which the pages of such volumes are given back
+PERIOD = 0.01  # seconds after which the pages of such volumes are given back
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # malloc.h of glibc
 LARGEST_KEPT = (1 << 26, 1 << 25)  # bytes; the first accepted one applies: feature maps and their spectra are kept, volumes are not
@@ -34,14 +35,14 @@ mapped: WeakSet[mmap.mmap] = WeakSet()
 def empty_volume(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """A volume with any content, for work slice by slice, along the first axis.
 
-    If it has more than 256 MiB, it lies in a temporary file of the system's folder for these (``TMPDIR``), and memory holds only what was
-    used in the last moments. It lies in memory on systems other than Linux, and if the disk has no room.
+    If it has more than 256 MiB, it lies in a temporary file, and memory holds only what was used in the last moments. It lies in memory on
+    systems other than Linux, and if the disk has no room.
     """
     size = math.prod(shape) * dtype.itemsize
-    if not in_file(size):
+    if not in_files(size):
         return torch.empty(*shape, dtype=dtype)
     try:
-        with tempfile.TemporaryFile() as file:
+        with tempfile.TemporaryFile(dir=_folder()) as file:
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and the end of the process later
             pages = mmap.mmap(file.fileno(), size)
     except OSError:
@@ -52,9 +53,19 @@ def empty_volume(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Te
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
-def in_file(size: int) -> bool:
-    """Whether :func:`empty_volume` puts a volume of this size, in bytes, into a file, if the disk has room."""
-    return size > IN_MEMORY and sys.platform.startswith("linux")
+def in_files(size: int, count: int = 1) -> bool:
+    """Whether :func:`empty_volume` puts so many volumes of this size, in bytes, into files."""
+    if size <= IN_MEMORY or not sys.platform.startswith("linux"):
+        return False
+    try:
+        return shutil.disk_usage(_folder()).free > count * size
+    except OSError:
+        return False
+
+
+def _folder() -> str:
+    """Folder for large temporary files: ``TMPDIR``, otherwise ``/var/tmp``, because many systems keep ``/tmp`` in memory."""
+    return os.environ.get("TMPDIR") or ("/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir())
 
 
 def _give_pages_back() -> None:

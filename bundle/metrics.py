@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from monai.metrics import CumulativeIterationMetric
 from monai.metrics.regression import compute_ssim_and_cs
+from scipy import ndimage
 from skimage.metrics import structural_similarity
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["SliceMetric", "has_foreground", "psnr", "ssim", "volume_psnr", "volume_ssim"]
+__all__ = ["SliceMetric", "has_foreground", "head_of", "psnr", "ssim", "volume_psnr", "volume_ssim"]
 
 FOREGROUND = 0.05  # intensity above which a pixel of the truth counts as foreground
+BRIGHT = 0.1  # mean intensity of 5 x 5 pixels in the head
 
 
 def psnr(prediction: Tensor, target: Tensor, foreground: bool = False) -> Tensor:
@@ -53,6 +57,18 @@ def ssim(prediction: Tensor, target: Tensor, foreground: bool = False) -> Tensor
 def has_foreground(target: Tensor) -> Tensor:
     """Which slices (N, 1, H, W) show anatomy: (N,), boolean. Empty slices have no meaningful PSNR and are left out of averages."""
     return (target > FOREGROUND).flatten(1).any(1)
+
+
+def head_of(truth: Tensor) -> Tensor:
+    """Mask of the head in slices (N, H, W), dark bone and cavities included. A threshold of single voxels would also choose the brightest
+    noise in the air, whose errors are large because they were chosen."""
+    bright = F.avg_pool2d(truth[:, None], 5, 1, 2, count_include_pad=False)[:, 0] > BRIGHT
+    mask = np.zeros(truth.shape, dtype=bool)
+    for n, slice_ in enumerate(bright.cpu().numpy()):
+        parts, count = ndimage.label(slice_)
+        if count:
+            mask[n] = ndimage.binary_fill_holes(parts == 1 + np.argmax(np.bincount(parts.flat)[1:]))
+    return torch.from_numpy(mask)
 
 
 def volume_psnr(prediction: Tensor, target: Tensor, foreground: bool = False) -> float:

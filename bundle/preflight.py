@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from monai.transforms import MapTransform
 from .dicom_volume import grid_of_series
 from .errors import InputError, switch
 from .headers import Header, file_format, in_mm, length_unit, named_as_nibabel_wants, nrrd_field, read_header
-from .memory import in_file
+from .memory import in_files
 
 __all__ = ["CheckMemoryd", "available_memory"]
 
@@ -91,8 +89,8 @@ class CheckMemoryd(MapTransform):
         refined = [float(n * f) for n, f in zip(shape, factors)]
         pixels = math.prod(sorted(refined)[-2:])
         size = 4 * math.prod(refined)
-        fits = in_file(int(size)) and shutil.disk_usage(tempfile.gettempdir()).free > FILES * size
-        copies = 0 if fits and self.plain and len(given_factors) == 2 else self.refined_copies
+        in_memory = not self.plain or len(given_factors) > 2 or not in_files(int(size), FILES)
+        copies = self.refined_copies if in_memory else 0
         needed = 4 * GIVEN_COPIES * given + copies * size + PER_PIXEL * pixels
         return needed, " x ".join(str(int(n)) for n in refined) + " voxels"
 

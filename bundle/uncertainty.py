@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import ndimage
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from .checkpoints import load_weights
 from .errors import InputError, switch
 from .files import sha256, write_json
+from .metrics import head_of
 from .networks.uncertainty import FLOOR, Calibration, WithUncertainty, check_network
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "attach",
     "calibrated_head",
     "calibration",
-    "head_of",
     "left_out",
     "markdown",
     "measured",
@@ -39,7 +38,6 @@ INTERVAL = 0.9
 Z = 1.645  # standard deviations on each side, which hold 90 % of a normal distribution; calibration makes them hold 90 % of the errors
 EXPONENTS = np.arange(0.3, 2.01, 0.05)
 SAMPLED = 50_000  # voxels of the head, of each volume in each acquisition
-BRIGHT = 0.1  # mean intensity of 5 x 5 pixels in the head
 REGION = 6  # pixels, along both sides
 RANKS = ("rank", "rank_of_neighbours", "rank_of_regions")
 TOO_FAR = "the uncertainty map cannot be trusted: the scan is far from the training data"
@@ -120,7 +118,7 @@ class Cell(NamedTuple):
 
 
 def measured(result: Tensor, deviation: Tensor, truth: Tensor) -> Cell:
-    """Compare a map with the true errors in the head (:func:`head_of`), on the scale of the intensities.
+    """Compare a map with the true errors in the head (:func:`bundle.metrics.head_of`), on the scale of the intensities.
 
     The magnitude of a single error is mostly chance, whatever its standard deviation: ``neighbours`` say what even a map reaches that knows
     the true errors around each voxel. ``rank_of_regions`` averages over chance.
@@ -139,18 +137,6 @@ def measured(result: Tensor, deviation: Tensor, truth: Tensor) -> Cell:
     squares = (F.avg_pool2d(v.double().square() * inside, REGION)[weight > 0.5] / weight[weight > 0.5] for v in (error, deviation))
     ranks = _rank(errors, deviations), _rank(errors, around), _rank(*squares)
     return Cell(errors.numpy(), deviations.numpy(), around.numpy(), *ranks)
-
-
-def head_of(truth: Tensor) -> Tensor:
-    """Mask of the head in slices (N, H, W), dark bone and cavities included. A threshold of single voxels would also choose the brightest
-    noise in the air, whose errors are large because they were chosen."""
-    bright = F.avg_pool2d(truth[:, None], 5, 1, 2, count_include_pad=False)[:, 0] > BRIGHT
-    mask = np.zeros(truth.shape, dtype=bool)
-    for n, slice_ in enumerate(bright.cpu().numpy()):
-        parts, count = ndimage.label(slice_)
-        if count:
-            mask[n] = ndimage.binary_fill_holes(parts == 1 + np.argmax(np.bincount(parts.flat)[1:]))
-    return torch.from_numpy(mask)
 
 
 def calibration(cells: Collection[Cell]) -> Calibration:

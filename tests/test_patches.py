@@ -254,6 +254,23 @@ class TestReport:
         assert "| x2: k-space truncation | 1 |" in text
         assert (tmp_path / "acquisitions.json").is_file()
 
+    def test_noise_in_the_air_does_not_count(self, tmp_path):
+        """A network that removes the noise around the head would otherwise make errors at its brightest voxels."""
+        head = torch.zeros(1, 60, 60, 9)
+        head[:, 12:48, 12:48] = 0.5
+        noise = 0.08 * (torch.rand(head.shape, generator=torch.Generator().manual_seed(0)) > 0.7) * (head == 0)
+
+        class Denoised(torch.nn.Module):
+            def forward(self, x):
+                return x[:, :1] * (x[:, :1] > 0.25)
+
+        networks = {"plain": PixelShuffleResidualNet(features=4, num_blocks=1, positions=True, facts=True), "denoised": Denoised()}
+        psnr = {}
+        for name, network in networks.items():
+            table = measure_acquisitions([{"image": MetaTensor(head + noise)}], network, str(tmp_path), thicknesses=(), slices=3)
+            psnr[name] = table["x2: bicubic (the paper's)"]["volume"]["psnr"]
+        assert psnr["denoised"] > psnr["plain"] - 0.5
+
     def test_an_evaluated_slice_stands_between_its_neighbours(self, tmp_path):
         """The slices of this volume differ by one step, so the network sees which ones it gets."""
         image, step, seen = torch.zeros(1, 40, 40, 21), 1 / 25, []

@@ -21,10 +21,11 @@ from bundle.files import sha256
 from bundle.grid import InPlaneFactorsd
 from bundle.inferers import ForegroundInferer, OrthogonalSlices
 from bundle.losses import LaplaceLoss
+from bundle.metrics import head_of
 from bundle.networks import FSRCNN, PixelShuffleResidualNet, WithUncertainty
 from bundle.networks.uncertainty import LEVEL, Calibration
 from bundle.preflight import CheckMemoryd
-from bundle.uncertainty import Z, attach, calibrated_head, calibration, head_of, left_out, measured, quality
+from bundle.uncertainty import Z, attach, calibrated_head, calibration, left_out, measured, quality
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = {"features": 8, "num_blocks": 1}

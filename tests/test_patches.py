@@ -25,7 +25,7 @@ from bundle.conditions import (
 )
 from bundle.errors import InputError
 from bundle.inferers import OrthogonalSlices
-from bundle.networks import PixelShuffleResidualNet
+from bundle.networks import FSRCNN, PixelShuffleResidualNet
 from bundle.networks.pixel_shuffle_residual import IMAGES
 from bundle.patches import AcquiredPatches, RandomAcquisition, RandomContrast, RandomLesions
 from bundle.resampling import downsample, enlarge, refined_size
@@ -328,3 +328,21 @@ def test_general_network_is_trained_and_measured(tmp_path):
     rows = json.loads((tmp_path / "table" / "acquisitions.json").read_text())["rows"]
     assert len(rows) == 13
     assert all(np.isfinite(v["psnr"]) for volumes in rows.values() for v in volumes.values())
+
+
+def test_a_compared_network_is_trained_on_random_acquisitions(tmp_path):
+    (tmp_path / "data" / "ds002748").mkdir(parents=True)
+    for name in ("sub-01", "sub-16"):
+        toy.write_nifti(tmp_path / "data" / "ds002748" / f"{name}.nii.gz", toy.head((52, 56, 50)), toy.affine((1, 1, 1)))
+    options = {"patches_per_slice": 2, "slices_per_volume": 4, "patch_size": 32, "max_epochs": 1, "warmup_iterations": 1}
+    monai.bundle.run(
+        config_file=[str(CONFIGS / f"{name}.json") for name in ("train", "networks/fsrcnn", "datasets/scans", "random_acquisitions")],
+        dataset_dir=str(tmp_path / "data"),
+        output_dir=str(tmp_path / "run"),
+        test_volumes=[],
+        device="cpu",
+        **options,
+    )
+    trained = torch.load(tmp_path / "run" / "models" / "model.pt", weights_only=True)
+    FSRCNN().load_state_dict(trained)
+    assert all(bool(value.isfinite().all()) for value in trained.values())

@@ -125,7 +125,7 @@ class VolumeInference(SupervisedEvaluator):
             item = self.inspect({**item, "pred": pred[:1]})
             item["image"] = _without_voxels(item["image"])
             del pred
-            item = self.postprocess(item)
+            item = self.postprocess(item)  # frees the result in the network's orientation before the other one is saved
             self.save(item)
         except Exception as e:
             full = full_disk(e)

@@ -19,7 +19,7 @@ from .memory import empty_volume
 from .resampling import Factor, check_factor, downsample, enlarge, interpolate_slices, refined_size
 from .transforms import name_of
 
-SLICES = 16  # that are interpolated at a time: more would need more memory, and fewer more time
+SLICES = 16  # interpolated at a time: more need more memory, fewer need more time
 ISOTROPIC = 1.1  # largest side of a voxel, as a multiple of the smallest, that counts as isotropic
 
 __all__ = ["InPlaneFactorsd", "IsotropicFactorsd", "Orientd", "ThickAxisLastd", "Upsampled", "oriented", "slice_width"]
@@ -153,7 +153,7 @@ class ThickAxisLastd(MapTransform, InvertibleTransform):
 
 
 class Orientd(Orientationd):
-    """:class:`monai.transforms.Orientationd`, whose inverse needs no memory for large volumes (:func:`oriented`)."""
+    """:class:`monai.transforms.Orientationd`, whose inverse keeps large volumes in files (:func:`oriented`)."""
 
     def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict:  # type: ignore[override]
         d: dict = dict(data)
@@ -164,8 +164,8 @@ class Orientd(Orientationd):
 
 
 def oriented(image: MetaTensor, axcodes: str) -> MetaTensor:
-    """A volume (1, X, Y, Z) with its axes permuted and flipped to ``axcodes``, such as ``"RAS"``; not recorded for inversion. The slices
-    lie in memory, or in a file (:func:`bundle.memory.empty_volume`), in the same order as before."""
+    """A volume (1, X, Y, Z) with its axes permuted and flipped to ``axcodes``, such as ``"RAS"``; not recorded for inversion. A large
+    volume that is flipped is kept in a file (:func:`bundle.memory.empty_volume`). Permuting alone copies nothing."""
     affine = image.affine.cpu().numpy()
     turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(axcodes))
     axes = [1 + int(axis) for axis in turn[:, 0].argsort()]

@@ -1,4 +1,4 @@
-"""Memory: large volumes lie in temporary files; freed memory that will be needed again is kept."""
+"""Memory: large volumes are kept in temporary files, and freed memory that will be needed again is kept."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ mapped: WeakSet[mmap.mmap] = WeakSet()
 
 
 def empty_volume(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A volume with any content, for work slice by slice, along the first axis.
+    """An uninitialised volume, for work slice by slice along the first axis.
 
-    If it has more than 256 MiB, it lies in a temporary file, and memory holds only what was used in the last moments. It lies in memory on
-    systems other than Linux, and if the disk has no room.
+    A volume of more than 256 MiB is kept in a temporary file, and memory holds only what was used a moment ago. On systems other than
+    Linux, and if the disk is full, it is kept in memory.
     """
     size = math.prod(shape) * dtype.itemsize
     if not in_files(size):
@@ -54,7 +54,7 @@ def empty_volume(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Te
 
 
 def in_files(size: int, count: int = 1) -> bool:
-    """Whether :func:`empty_volume` puts so many volumes of this size, in bytes, into files."""
+    """Whether :func:`empty_volume` keeps ``count`` volumes of this size, in bytes, in files."""
     if size <= IN_MEMORY or not sys.platform.startswith("linux"):
         return False
     try:
@@ -69,8 +69,8 @@ def _folder() -> str:
 
 
 def _give_pages_back() -> None:
-    """Give the pages of the mapped files back to the system while there are such files. The system would do so too, but only when memory
-    runs out. The content stays in the files: reading it again costs a page fault, and a read from the disk if the system wrote it there."""
+    """Give the pages of the mapped files back to the system as long as there are such files. The system itself reclaims them only when
+    memory runs out. The content stays in the files: reading it again costs a page fault, and sometimes a read from the disk."""
     while mapped:
         for pages in list(mapped):
             pages.madvise(mmap.MADV_DONTNEED)

@@ -189,8 +189,8 @@ class AcquiredPatches(Dataset):
         min_foreground: fraction of pixels above ``threshold`` that a patch should have; up to ten places are tried.
         threshold: see ``min_foreground``.
         seed: seed of all random choices.
-        positions, facts: inputs of the network, see :class:`bundle.inferers.ForegroundInferer`; without both it is blind, as the
-            compared networks are.
+        positions, facts: inputs of the network, see :class:`bundle.inferers.ForegroundInferer`. The compared networks are blind: they
+            receive neither.
         interpolation: mode of the interpolation to the finer grid (:func:`bundle.resampling.enlarge`).
 
     Raises:
@@ -216,7 +216,7 @@ class AcquiredPatches(Dataset):
     ) -> None:
         if positions and not facts:
             raise InputError(
-                "random acquisitions do not train networks with positions alone: use configs/general.json, which has facts too"
+                "random acquisitions cannot train a network with positions but without facts: use configs/general.json, which has both"
             )
         with ThreadPool(min(os.cpu_count() or 1, len(volumes))) as pool:
             self.volumes = pool.map(lambda n: _truth(volumes[n]["image"], size), range(len(volumes)))

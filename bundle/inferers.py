@@ -212,7 +212,8 @@ class Scan:
 
     def _told(self, kinds: Tensor | None) -> tuple[Callable[..., Any], Callable[[slice, slice], Tensor] | None]:
         """The network for these kinds of sampling, and its condition maps for rows and columns; ``None`` if it needs none."""
-        network, precision = self.network, self.inferer.precision
+        network: Any = self.network
+        precision = self.inferer.precision
 
         def maps(rows: slice, columns: slice) -> Tensor:
             if self.inferer.facts:
@@ -222,11 +223,10 @@ class Scan:
 
         if not self.inferer.positions:
             return in_precision(network, precision), None
-        stride = getattr(network, "stride", 0)
-        if hasattr(network, "folded") and all(stride % factor == 0 for factor in self.factors):
-            first = slice(0, stride)
-            return in_precision(network.folded(maps(first, first)), precision), None
-        return in_precision(network, precision), maps
+        if not hasattr(network, "folded"):  # an export
+            return in_precision(network, precision), maps
+        first, regular = slice(0, network.stride), all(network.stride % factor == 0 for factor in self.factors)
+        return in_precision(network.folded(maps(first, first), regular), precision), None if regular else maps
 
     def _compute(self, n: int, network: Callable[..., Any], maps: Callable[[slice, slice], Tensor] | None) -> None:
         inferer, planes, box = self.inferer, self.planes, self.boxes[n]

@@ -39,24 +39,31 @@ class RandomAcquisition:
       half of the cases. Brightness alternates by up to 3 %. One of eight is coarse along the other axis too.
     - Noise: none (7 of 20), up to 40 % of the largest (7), up to the largest (6).
     - A third is stored in whole numbers.
+    - A fraction is of the most usual kind: a factor of 2 along both axes of the plane, and full coverage of k-space.
 
     Args:
         in_plane: the smallest and the largest factor in the plane.
         across: the smallest and the largest distance between thick slices, in pixels.
         thick: fraction of planes across thick slices.
         largest_noise: standard deviation, on the scale of the intensities.
+        usual: fraction of the in-plane acquisitions that are of the most usual kind, beside those that are so by chance.
 
     Raises:
         InputError: if ``in_plane`` or ``across`` are not two ascending numbers of at least 1.
     """
 
     def __init__(
-        self, in_plane: Sequence[float] = (1, 4), across: Sequence[float] = (1.5, 7), thick: float = 0.0, largest_noise: float = 0.05
+        self,
+        in_plane: Sequence[float] = (1, 4),
+        across: Sequence[float] = (1.5, 7),
+        thick: float = 0.0,
+        largest_noise: float = 0.05,
+        usual: float = 0.0,
     ) -> None:
         for factors in (in_plane, across):
             if check_factor(factors)[0] > factors[1]:
                 raise InputError(f"factors must be the smallest and the largest, got {factors}")
-        self.in_plane, self.across, self.thick = check_factor(in_plane), check_factor(across), thick
+        self.in_plane, self.across, self.thick, self.usual = check_factor(in_plane), check_factor(across), thick, usual
         self.noise = [0.0, 0.4 * largest_noise, largest_noise]
 
     def __call__(self, random: np.random.Generator) -> tuple[Acquisition, tuple[float, float], tuple[bool, bool]]:
@@ -71,6 +78,9 @@ class RandomAcquisition:
             known_width = sampling.width if random.random() < 0.5 else 0.0
             brightness = random.uniform(0, 0.03) if random.random() < 0.3 else 0.0
             return Acquisition((sampling, other), noise, brightness, step), (known_width, 0.0), (True, False)
+        if self.usual and random.random() < self.usual:
+            both = replace(WITHIN.draw(random), factor=2.0)
+            return Acquisition((both, both), noise, 0.0, step), (0.0, 0.0), (False, False)
         first = self._within(random)
         if random.random() < 0.8:
             second = first

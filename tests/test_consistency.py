@@ -107,10 +107,11 @@ def test_every_acquisition_has_a_kind():
         WITHIN.index(Sampling(3, "trapezoid"))
 
 
-@pytest.mark.parametrize("thick", [False, True])
-def test_training_tells_honest_probabilities(thick):
+@pytest.mark.parametrize("thick, usual", [(False, 0), (False, 0.5), (True, 0)])
+def test_training_tells_honest_probabilities(thick, usual):
     """Whatever a probability is, the kind is right that often. The frequencies of the kinds are those of the acquisitions."""
-    random, draw, known = np.random.default_rng(0), RandomAcquisition(in_plane=(2, 2), thick=float(thick)), ACROSS if thick else WITHIN
+    random, known = np.random.default_rng(0), ACROSS if thick else WITHIN
+    draw = RandomAcquisition(in_plane=(2, 2), thick=float(thick), usual=usual)
     kinds, told = [], []
     for _ in range(4000):
         acquisition, widths, across = draw(random)

@@ -33,13 +33,6 @@ def volume(shape=(57, 70, 4), empty=(0,)):
     return torch.from_numpy(array)[None, None]
 
 
-def random_network(network):
-    torch.manual_seed(0)
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=(parameter[0].numel() if parameter.ndim > 1 else 4) ** -0.5)
-    return network.eval()
-
-
 class Unshuffled(nn.Module):
     """A network on a grid coarser by 4, of any slice: what does not fill a block is filled up."""
 
@@ -69,7 +62,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_anatomy_is_as_in_whole_slices(name, shape):
     make, margin = NETWORKS[name]
-    inputs, network = volume(shape), random_network(make())
+    inputs, network = volume(shape), toy.random_network(make())
     whole, boxes = results(network, inputs, margin=margin)
     anatomy = inputs > 0.1
     assert anatomy.any()
@@ -101,7 +94,7 @@ def test_only_the_box_around_the_anatomy_is_computed():
 def test_large_slices_are_computed_in_bands(name, axis, monkeypatch):
     monkeypatch.setattr("bundle.inferers.MAX_PIXELS", 500)
     make, margin = NETWORKS[name]
-    inputs, network, seen = volume((90, 41, 2), empty=()), random_network(make()), []
+    inputs, network, seen = volume((90, 41, 2), empty=()), toy.random_network(make()), []
     whole = SliceInferer(**WHOLE)(inputs, network).movedim(-1, axis + 2)
 
     def counted(x):
@@ -124,12 +117,12 @@ def test_empty_slices_are_not_computed_and_noise_is_kept():
 
 @pytest.mark.parametrize("shape", [(1, 1, 2), (1, 7, 1), (3, 2, 2), (5, 4, 1), (2, 33, 1)])
 def test_tiny_images(shape):
-    whole, boxes = results(random_network(MultiScaleResidualNet(**toy.TINY)), torch.rand(1, 1, *shape) + 0.1)
+    whole, boxes = results(toy.random_network(MultiScaleResidualNet(**toy.TINY)), torch.rand(1, 1, *shape) + 0.1)
     torch.testing.assert_close(boxes, whole)
 
 
 def test_receptive_field_may_be_larger_than_the_image():
-    network = random_network(RCAN(features=8, num_groups=2, num_blocks=2, reduction=4))  # sees all of it: averages over the image
+    network = toy.random_network(RCAN(features=8, num_groups=2, num_blocks=2, reduction=4))  # sees all of it: averages over the image
     inputs = volume((20, 19, 2), empty=()) + 0.1
     whole, boxes = results(network, inputs)
     torch.testing.assert_close(boxes, whole)
@@ -137,14 +130,14 @@ def test_receptive_field_may_be_larger_than_the_image():
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_slices_may_lie_along_any_axis(axis):
-    inputs, network = volume().movedim(-1, axis + 2), random_network(MultiScaleResidualNet(**toy.TINY))
+    inputs, network = volume().movedim(-1, axis + 2), toy.random_network(MultiScaleResidualNet(**toy.TINY))
     result = ForegroundInferer(roi_size=(-1, -1), spatial_dim=axis)(inputs, network)
     expected = ForegroundInferer(**WHOLE)(volume(), network).movedim(-1, axis + 2)
     assert torch.equal(result, expected)
 
 
 def test_batches_share_the_boxes():
-    inputs, network = torch.cat([volume(), volume(empty=(0, 1)).flip(2)]), random_network(MultiScaleResidualNet(**toy.TINY))
+    inputs, network = torch.cat([volume(), volume(empty=(0, 1)).flip(2)]), toy.random_network(MultiScaleResidualNet(**toy.TINY))
     whole, boxes = results(network, inputs)
     anatomy = inputs > 0.1
     torch.testing.assert_close(boxes[anatomy], whole[anatomy], rtol=0, atol=1e-6)
@@ -207,8 +200,8 @@ def test_a_network_with_facts_sees_the_neighbouring_slices(axis):
 @pytest.mark.parametrize("kind", [PixelShuffleResidualNet, WithUncertainty])
 def test_folded_conditions_change_nothing(factors, folds, kind, monkeypatch):
     """At factors of 1 and 2, positions and facts go into the weights. The result is that of a network that receives them as maps."""
-    network = random_network(PixelShuffleResidualNet(features=8, num_blocks=2, positions=True, facts=True))
-    network = random_network(WithUncertainty(network)) if kind is WithUncertainty else network
+    network = toy.random_network(PixelShuffleResidualNet(features=8, num_blocks=2, positions=True, facts=True, experts=3))
+    network = toy.random_network(WithUncertainty(network)) if kind is WithUncertainty else network
     image = MetaTensor(volume((38, 33, 5)), meta={"factor": list(factors), "slice_width": 1.0})
     inferer = ForegroundInferer(**WHOLE, positions=True, facts=True)
     channels = set()
@@ -300,7 +293,7 @@ def test_planes_across_thick_slices_are_told_the_factors_of_their_axes():
 
 @pytest.mark.parametrize("fft", [False, True])
 def test_bfloat16_is_near_float32_and_stays_inside_the_network(fft):
-    network = random_network(MultiScaleResidualNet(features=32))
+    network = toy.random_network(MultiScaleResidualNet(features=32))
     if fft:
         use_fft_convolutions(network)
     patches = volume()[..., 2]
@@ -318,7 +311,7 @@ def test_bfloat16_is_near_float32_and_stays_inside_the_network(fft):
 
 
 def test_volumes_in_bfloat16_are_near_those_in_float32():
-    network = random_network(MultiScaleResidualNet(features=32))
+    network = toy.random_network(MultiScaleResidualNet(features=32))
     with torch.no_grad():
         exact, rounded = (ForegroundInferer(**WHOLE, precision=precision)(volume(), network) for precision in ("float32", "bfloat16"))
     assert rounded.dtype == torch.float32

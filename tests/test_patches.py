@@ -125,6 +125,12 @@ class TestAcquiredPatches:
         with pytest.raises(InputError, match="factor"):
             RandomAcquisition(in_plane=factors)
 
+    def test_all_acquisitions_can_be_usual_ones(self):
+        random, draw = np.random.default_rng(0), RandomAcquisition(usual=1)
+        for _ in range(100):
+            acquisition, _, across = draw(random)
+            assert [(axis.factor, axis.coverage) for axis in acquisition.axes] == [(2, 1)] * 2 and not any(across)
+
     def test_contrast_keeps_the_air(self):
         random = np.random.default_rng(0)
         contrast = RandomContrast(probability=1, bias=1)
@@ -182,9 +188,38 @@ class TestConditions:
         told.load_state_dict(fewer)
         assert not told.embedding[0].weight[:, 5:].any()
 
+    def test_weights_without_experts_keep_their_results(self):
+        """Those of versions up to 0.13.0."""
+        options = {"features": 8, "num_blocks": 2, "positions": True, "facts": True}
+        old, new = toy.random_network(PixelShuffleResidualNet(**options)), PixelShuffleResidualNet(**options, experts=3)
+        new.load_state_dict(old.state_dict())
+        given = self.inputs(*torch.rand(2, 1, 1, 12, 12), 0.02)
+        torch.testing.assert_close(new(given), old(given))
+
+    @pytest.mark.parametrize("experts", [0, 3])
+    @torch.no_grad()
+    def test_slices_of_a_batch_do_not_mix(self, experts):
+        network = toy.random_network(PixelShuffleResidualNet(features=8, num_blocks=2, positions=True, facts=True, experts=experts))
+        batch = torch.cat([self.inputs(*torch.rand(2, 1, 1, 12, 12), noise) for noise in (0, 0, 0.05, 0)])
+        torch.testing.assert_close(network(batch), torch.cat([network(single[None]) for single in batch]))
+
+    @torch.no_grad()
+    def test_each_scan_of_a_batch_has_filters_of_its_own(self):
+        network = toy.random_network(PixelShuffleResidualNet(features=8, num_blocks=2, positions=True, facts=True, experts=3))
+        image, excess = torch.rand(2, 1, 1, 12, 12)
+        batch = torch.cat([self.inputs(image, excess, noise) for noise in (0, 0, 0.05, 0)])
+        for block in network.deep[:-1]:
+            block.adaptation.weight.zero_()  # the filters alone tell the slices apart
+        first, second, third, fourth = network(batch)
+        torch.testing.assert_close(second, first)
+        torch.testing.assert_close(fourth, first)
+        assert float((third - first).abs().max()) > 1e-3
+
     def test_facts_need_positions(self):
         with pytest.raises(ValueError, match="facts need positions"):
             PixelShuffleResidualNet(facts=True)
+        with pytest.raises(ValueError, match="experts need facts"):
+            PixelShuffleResidualNet(positions=True, experts=4)
 
 
 class TestSpectralFacts:

@@ -175,6 +175,14 @@ def write_subjects(folder: Path, count: int = 5, shape: Sequence[int] = SHAPE) -
     return [write_nifti(folder / f"sub-{n:02d}.nii.gz", head(shape, seed=n)) for n in range(1, count + 1)]
 
 
+def random_network(network: torch.nn.Module) -> torch.nn.Module:
+    """The network with random weights, such that its features neither vanish nor explode."""
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=(parameter[0].numel() if parameter.ndim > 1 else 4) ** -0.5)
+    return network.eval()
+
+
 def save_checkpoint(path: Path, random: bool = True, seed: int = 0) -> Path:
     """Weights of the network of ``TINY``: random, small ones; or those of an untrained one, which returns its input."""
     generator_state = torch.get_rng_state()

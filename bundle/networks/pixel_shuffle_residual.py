@@ -34,18 +34,34 @@ class PixelShuffleResidualNet(nn.Module):
             through a small perceptron (32 units), which also scales and shifts the features of each block. A network with facts also
             receives :func:`bundle.conditions.zero_filled_excess` and four neighbouring slices. It can load weights of a network with fewer
             images or facts, or none, and initially ignores the new inputs.
+        experts: with facts, sets of further filters of the blocks. The perceptron chooses the combination of them that is added to the
+            filters of a block, so that each scan has filters of its own at no cost per pixel (Yang B. et al., CondConv, NeurIPS 2019,
+            arXiv 1904.04971). They start at zero, so that a network with them can load weights of one without.
+
+    Raises:
+        ValueError: for facts without positions, or experts without facts.
     """
 
-    def __init__(self, features: int = 64, num_blocks: int = 9, stride: int = 2, positions: bool = False, facts: bool = False) -> None:
+    def __init__(
+        self,
+        features: int = 64,
+        num_blocks: int = 9,
+        stride: int = 2,
+        positions: bool = False,
+        facts: bool = False,
+        experts: int = 0,
+    ) -> None:
         super().__init__()
         if facts and not positions:
             raise ValueError("facts need positions")
+        if experts and not facts:
+            raise ValueError("experts need facts")
         self.stride, self.images = stride, IMAGES if facts else 1
         self.channels = self.images + 6 + FACTS * facts if positions else 1
         self.shallow = _conv(self.images * stride**2, features)
         position_channels = 6 * stride**2 if positions else 0
         self.embedding = nn.Sequential(nn.Linear(2 + FACTS, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU()) if facts else None
-        blocks = [ResidualBlock(features, position_channels, 32 if facts else 0) for _ in range(num_blocks)]
+        blocks = [ResidualBlock(features, position_channels, 32 if facts else 0, experts) for _ in range(num_blocks)]
         self.deep = nn.ModuleList([*blocks, LastConvolution(features, features, 3, padding=1)])
         self.reconstruct = start_at_zero(_conv(features, stride**2))
         self.register_load_state_dict_pre_hook(_complete_inputs)
@@ -67,8 +83,9 @@ class PixelShuffleResidualNet(nn.Module):
         padded = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
         shallow = deep = self.shallow(F.pixel_unshuffle(padded[:, : self.images], self.stride))
         positions, facts = self.embedded(padded[:, self.images :])
+        scans = _scans(facts)
         for layer in self.deep:
-            deep = layer(deep, positions, facts)
+            deep = layer(deep, positions, facts, scans)
         return shallow + deep, positions, facts
 
     def embedded(self, maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,19 +96,19 @@ class PixelShuffleResidualNet(nn.Module):
         return positions, self.embedding(torch.cat([maps[:, 2:3, 0, 0], maps[:, 5:, 0, 0]], 1))  # both factors, then the facts
 
     @torch.no_grad()
-    def folded(self, maps: Tensor) -> PixelShuffleResidualNet:
-        """This network for one scan, with its positions and facts folded into the weights: (N, images, H, W) -> (N, 1, H, W).
-
-        It is faster, because the features need not be scaled and shifted. It exists if all groups of ``stride`` x ``stride`` pixels have
-        the same positions, as with factors of 1 and 2 and a stride of 2.
+    def folded(self, maps: Tensor, regular: bool) -> PixelShuffleResidualNet:
+        """This network for one scan, with its facts folded into the weights, which is faster.
 
         Args:
-            maps: (6 + 25, stride, stride), positions and facts of the first group.
+            maps: (6 + 25, stride, stride), positions and facts of the first group of pixels.
+            regular: whether all groups of ``stride`` x ``stride`` pixels have the same positions, as with factors of 1 and 2 and a stride
+                of 2. The positions are then folded too, and the result takes images alone: (N, images, H, W) -> (N, 1, H, W).
         """
         positions, facts = self.embedded(maps[None])
-        blocks = [layer.folded(positions, facts) if isinstance(layer, ResidualBlock) else layer for layer in self.deep]
-        plain = with_modules(self, deep=nn.ModuleList(blocks), embedding=None)
-        plain.channels = self.images
+        blocks = [layer.folded(positions, facts, regular) if isinstance(layer, ResidualBlock) else layer for layer in self.deep]
+        plain = with_modules(self, deep=nn.ModuleList(blocks))
+        if regular:
+            plain.embedding, plain.channels = None, self.images
         return plain
 
     def result(self, x: Tensor, features: Tensor) -> Tensor:
@@ -101,20 +118,24 @@ class PixelShuffleResidualNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, features: int, position_channels: int = 0, embedded: int = 0) -> None:
+    def __init__(self, features: int, position_channels: int = 0, embedded: int = 0, experts: int = 0) -> None:
         super().__init__()
-        self.body = nn.Sequential(_conv(features, features), nn.ReLU(), start_at_zero(_conv(features, features)))
+        self.body: Any = nn.Sequential(_conv(features, features), nn.ReLU(), start_at_zero(_conv(features, features)))
         self.modulation = start_at_zero(nn.Conv2d(position_channels, 2 * features, 1)) if position_channels else None
         self.adaptation = start_at_zero(nn.Linear(embedded, 2 * features)) if embedded else None
+        self.combination = nn.Linear(embedded, experts) if experts else None
+        self.experts = nn.Parameter(torch.zeros(experts, 2, features, features, 3, 3)) if experts else None
         self.register_load_state_dict_pre_hook(_complete)
 
-    def forward(self, x: Tensor, positions: Tensor, facts: Tensor) -> Tensor:
-        """(N, features, H, W) -> (N, features, H, W); ``positions`` are (N, position_channels, H, W), ``facts`` (N, embedded)."""
-        hidden = self.body[0](x)
+    def forward(self, x: Tensor, positions: Tensor, facts: Tensor, scans: list[int]) -> Tensor:
+        """(N, features, H, W) -> (N, features, H, W); ``positions`` are (N, position_channels, H, W), ``facts`` (N, embedded), and
+        ``scans`` the numbers of consecutive slices that share their facts."""
+        first, second = self.kernels(facts, scans)
+        hidden = _convolved(x, first, self.body[0].bias, scans)
         if self.modulation is not None:
             scale, shift = self.changes(positions, facts).chunk(2, 1)
             hidden = torch.addcmul(hidden + shift, hidden, scale)
-        return x + self.body[2](self.body[1](hidden))
+        return x + _convolved(self.body[1](hidden), second, self.body[2].bias, scans)
 
     def changes(self, positions: Tensor, facts: Tensor) -> Tensor:
         """By how much the features are scaled and shifted: (N, 2 * features, H, W)."""
@@ -122,11 +143,24 @@ class ResidualBlock(nn.Module):
         changes = self.modulation(positions)
         return changes if self.adaptation is None else changes + self.adaptation(facts)[:, :, None, None]
 
-    def folded(self, positions: Tensor, facts: Tensor) -> ResidualBlock:
-        """This block for constant positions (1, position_channels, 1, 1) and facts (1, embedded), without modulation."""
-        first, *others = self.body
-        body = nn.Sequential(folded(first, self.changes(positions, facts)), *others)
-        return with_modules(self, body=body, modulation=None, adaptation=None)
+    def kernels(self, facts: Tensor, scans: list[int]) -> tuple[Tensor, Tensor]:
+        """Filters of the first and of the second convolution: (S, features, features, 3, 3) for S scans, or one for all without experts."""
+        first, second = self.body[0].weight[None], self.body[2].weight[None]
+        if self.combination is None or self.experts is None:
+            return first, second
+        facts = facts[:1] if len(scans) == 1 else torch.stack([slices[0] for slices in facts.split(scans)])
+        added = torch.einsum("se,ekoihw->skoihw", self.combination(facts), self.experts)
+        return first + added[:, 0], second + added[:, 1]
+
+    def folded(self, positions: Tensor, facts: Tensor, regular: bool) -> ResidualBlock:
+        """This block for constant facts (1, embedded), without experts; if ``regular``, also for constant positions
+        (1, position_channels, 1, 1), without modulation."""
+        first, activation, second = copy.deepcopy(self.body)
+        first.weight[:], second.weight[:] = (kernels[0] for kernels in self.kernels(facts, [1]))
+        if not regular:
+            return with_modules(self, body=nn.Sequential(first, activation, second), combination=None)
+        body = nn.Sequential(folded(first, self.changes(positions, facts)), activation, second)
+        return with_modules(self, body=body, modulation=None, adaptation=None, combination=None)
 
 
 def with_modules(module: Any, **modules: nn.Module | None) -> Any:
@@ -134,6 +168,25 @@ def with_modules(module: Any, **modules: nn.Module | None) -> Any:
     copied = copy.copy(module)
     copied._modules = {**module._modules, **modules}
     return copied
+
+
+def _scans(facts: Tensor) -> list[int]:
+    """Numbers of consecutive slices with the same facts (N, C). An export to ONNX has one set of filters in a call, so all slices of a call
+    must be of one scan, as they are in inference."""
+    # a script does not know of other exports
+    exporting = False if torch.jit.is_scripting() else torch.compiler.is_exporting()  # type: ignore[no-untyped-call]
+    if exporting:
+        return [facts.shape[0]]
+    others = (facts[1:] != facts[:-1]).any(1).long()
+    counts: list[int] = F.pad(others, (1, 0)).cumsum(0).bincount().tolist()
+    return counts
+
+
+def _convolved(x: Tensor, kernels: Tensor, bias: Tensor | None, scans: list[int]) -> Tensor:
+    """Slices (N, C, H, W) convolved with the filters of their scans (S, C, C, 3, 3), or with those of all (1, C, C, 3, 3)."""
+    if kernels.shape[0] == 1:
+        return F.conv2d(x, kernels[0], bias, padding=1)
+    return torch.cat([F.conv2d(slices, kernel, bias, padding=1) for slices, kernel in zip(x.split(scans), kernels.unbind())])
 
 
 def folded(convolution: Any, changes: Tensor) -> Any:
@@ -146,18 +199,19 @@ def folded(convolution: Any, changes: Tensor) -> Any:
 
 
 class LastConvolution(nn.Conv2d):
-    def forward(self, x: Tensor, positions: Tensor, facts: Tensor) -> Tensor:  # type: ignore[override]
-        """(N, features, H, W) -> the same. TorchScript requires layers of the same signature, hence ``positions`` and ``facts``."""
+    def forward(self, x: Tensor, positions: Tensor, facts: Tensor, scans: list[int]) -> Tensor:  # type: ignore[override]
+        """(N, features, H, W) -> the same. TorchScript requires layers of the same signature, hence the other arguments."""
         return self._conv_forward(x, self.weight, self.bias)
 
 
 def _complete(block: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """Add weights for positions and facts to those of a block without them, so that it ignores them."""
-    for name in ("modulation", "adaptation"):
-        part = getattr(block, name)
-        if part is not None:
-            for key, value in part.state_dict(prefix=f"{prefix}{name}.").items():
-                state_dict.setdefault(key, torch.zeros_like(value))
+    """Add weights for positions, facts and experts to those of a block without them, so that it ignores them."""
+    for key, value in block.state_dict(prefix=prefix).items():
+        name = key.removeprefix(prefix)
+        if name.startswith(("modulation", "adaptation", "experts")):
+            state_dict.setdefault(key, torch.zeros_like(value))
+        elif name.startswith("combination"):
+            state_dict.setdefault(key, value)  # of experts that are zero
 
 
 def _complete_inputs(network: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:

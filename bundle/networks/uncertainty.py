@@ -67,10 +67,13 @@ class WithUncertainty(nn.Module):
         self.register_load_state_dict_pre_hook(_keep_network)
 
     @torch.no_grad()
-    def folded(self, maps: Tensor) -> WithUncertainty:
+    def folded(self, maps: Tensor, regular: bool) -> WithUncertainty:
         """Network and head for one scan, see :meth:`PixelShuffleResidualNet.folded`."""
+        network = self.network.folded(maps, regular)
+        if not regular:
+            return with_modules(self, network=network)
         hidden = folded(self.hidden, self.changes(*self.network.embedded(maps[None])))
-        return with_modules(self, network=self.network.folded(maps), hidden=hidden, modulation=None)
+        return with_modules(self, network=network, hidden=hidden, modulation=None)
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's input (N, C, H, W) -> (N, 2, H, W): its result, and the standard deviation of the error before calibration."""

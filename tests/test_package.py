@@ -47,7 +47,7 @@ def test_package_prints_what_it_verified(packaged):
     checks = ["files", "metadata", "properties", "properties", "properties", "network", "inference", "unit test"]
     lines = [line.split(":")[0] for line in output.splitlines()]
     assert [line for line in lines if line in checks] == checks
-    assert "network: 786,596 parameters" in output
+    assert "network: 3,441,992 parameters" in output
     assert "proposed: 7,362,068 parameters" in output
 
 

@@ -28,7 +28,7 @@ from bundle.preflight import CheckMemoryd
 from bundle.uncertainty import Z, attach, calibrated_head, calibration, left_out, measured, quality
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SMALL = {"features": 8, "num_blocks": 1}
+SMALL = {"features": 8, "num_blocks": 1, "experts": 2}
 
 
 def network(seed=0):

@@ -34,9 +34,9 @@ class PixelShuffleResidualNet(nn.Module):
             through a small perceptron (32 units), which also scales and shifts the features of each block. A network with facts also
             receives :func:`bundle.conditions.zero_filled_excess` and four neighbouring slices. It can load weights of a network with fewer
             images or facts, or none, and initially ignores the new inputs.
-        experts: with facts, sets of further filters of the blocks. The perceptron chooses the combination of them that is added to the
-            filters of a block, so that each scan has filters of its own at no cost per pixel (Yang B. et al., CondConv, NeurIPS 2019,
-            arXiv 1904.04971). They start at zero, so that a network with them can load weights of one without.
+        experts: number of further sets of filters in each block; needs ``facts``. The perceptron chooses a combination of them, which is
+            added to the block's own filters. Each scan so has filters of its own, at no cost per pixel (Yang B. et al., CondConv,
+            NeurIPS 2019, arXiv 1904.04971). They start at zero, so that a network with experts can load weights of one without.
 
     Raises:
         ValueError: for facts without positions, or experts without facts.
@@ -56,7 +56,7 @@ class PixelShuffleResidualNet(nn.Module):
             raise ValueError("facts need positions")
         if experts and not facts:
             raise ValueError("experts need facts")
-        self.stride, self.images = stride, IMAGES if facts else 1
+        self.stride, self.images, self.experts = stride, IMAGES if facts else 1, experts
         self.channels = self.images + 6 + FACTS * facts if positions else 1
         self.shallow = _conv(self.images * stride**2, features)
         position_channels = 6 * stride**2 if positions else 0
@@ -83,7 +83,7 @@ class PixelShuffleResidualNet(nn.Module):
         padded = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
         shallow = deep = self.shallow(F.pixel_unshuffle(padded[:, : self.images], self.stride))
         positions, facts = self.embedded(padded[:, self.images :])
-        scans = _scans(facts)
+        scans = _scans(facts) if self.experts else [x.shape[0]]
         for layer in self.deep:
             deep = layer(deep, positions, facts, scans)
         return shallow + deep, positions, facts
@@ -107,6 +107,7 @@ class PixelShuffleResidualNet(nn.Module):
         positions, facts = self.embedded(maps[None])
         blocks = [layer.folded(positions, facts, regular) if isinstance(layer, ResidualBlock) else layer for layer in self.deep]
         plain = with_modules(self, deep=nn.ModuleList(blocks))
+        plain.experts = 0
         if regular:
             plain.embedding, plain.channels = None, self.images
         return plain
@@ -128,8 +129,8 @@ class ResidualBlock(nn.Module):
         self.register_load_state_dict_pre_hook(_complete)
 
     def forward(self, x: Tensor, positions: Tensor, facts: Tensor, scans: list[int]) -> Tensor:
-        """(N, features, H, W) -> (N, features, H, W); ``positions`` are (N, position_channels, H, W), ``facts`` (N, embedded), and
-        ``scans`` the numbers of consecutive slices that share their facts."""
+        """(N, features, H, W) -> (N, features, H, W); ``positions`` are (N, position_channels, H, W), ``facts`` (N, embedded);
+        ``scans`` are the numbers of consecutive slices that share their filters."""
         first, second = self.kernels(facts, scans)
         hidden = _convolved(x, first, self.body[0].bias, scans)
         if self.modulation is not None:
@@ -144,7 +145,7 @@ class ResidualBlock(nn.Module):
         return changes if self.adaptation is None else changes + self.adaptation(facts)[:, :, None, None]
 
     def kernels(self, facts: Tensor, scans: list[int]) -> tuple[Tensor, Tensor]:
-        """Filters of the first and of the second convolution: (S, features, features, 3, 3) for S scans, or one for all without experts."""
+        """Filters of the first and of the second convolution for each scan: (S, features, features, 3, 3), twice."""
         first, second = self.body[0].weight[None], self.body[2].weight[None]
         if self.combination is None or self.experts is None:
             return first, second
@@ -171,8 +172,8 @@ def with_modules(module: Any, **modules: nn.Module | None) -> Any:
 
 
 def _scans(facts: Tensor) -> list[int]:
-    """Numbers of consecutive slices with the same facts (N, C). An export to ONNX has one set of filters in a call, so all slices of a call
-    must be of one scan, as they are in inference."""
+    """Numbers of consecutive slices with the same facts (N, C). In an export to ONNX, all slices of a call count as one scan, as in
+    inference: a graph cannot choose the number of its convolutions."""
     # a script does not know of other exports
     exporting = False if torch.jit.is_scripting() else torch.compiler.is_exporting()  # type: ignore[no-untyped-call]
     if exporting:
@@ -183,8 +184,8 @@ def _scans(facts: Tensor) -> list[int]:
 
 
 def _convolved(x: Tensor, kernels: Tensor, bias: Tensor | None, scans: list[int]) -> Tensor:
-    """Slices (N, C, H, W) convolved with the filters of their scans (S, C, C, 3, 3), or with those of all (1, C, C, 3, 3)."""
-    if kernels.shape[0] == 1:
+    """Slices (N, C, H, W) convolved with the filters of their scans (S, C, C, 3, 3)."""
+    if len(scans) == 1:
         return F.conv2d(x, kernels[0], bias, padding=1)
     return torch.cat([F.conv2d(slices, kernel, bias, padding=1) for slices, kernel in zip(x.split(scans), kernels.unbind())])
 

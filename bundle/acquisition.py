@@ -96,11 +96,14 @@ class Kinds:
         samplings: one of each kind; its factor is 1.
         frequencies: how often training draws each, in total 1.
         spread: by how much the width varies within a kind, where a profile has kinds of several widths.
+        across: whether they are profiles of thick slices. Only the axis across the slices is then of the kind; else both axes of the
+            plane are.
     """
 
     samplings: tuple[Sampling, ...]
     frequencies: tuple[float, ...]
     spread: float
+    across: bool = False
 
     def __len__(self) -> int:
         return len(self.samplings)
@@ -152,6 +155,7 @@ ACROSS = Kinds(
     tuple(Sampling(profile=profile, width=width) for profile in WITH_WIDTH for width in THICKNESSES),
     tuple(share * frequency for share in (0.4, 0.3, 0.3) for frequency in THICKNESSES.values()),
     0.08,
+    across=True,
 )  # across thick slices
 
 

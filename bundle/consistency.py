@@ -91,7 +91,7 @@ class Recognized:
 
     def __str__(self) -> str:
         s = self.sampling
-        if self.known is ACROSS:
+        if self.known.across:
             name = f"{s.profile} slice profile, {s.width:.2f} slice distances wide"
         else:
             names = {"kspace": "k-space truncation", "gaussian": f"Gaussian point spread, {s.width:.2f} pixels wide"}
@@ -148,7 +148,7 @@ class Recognition:
         Returns:
             ``None`` if there is no slice, or no refined axis.
         """
-        axes = [axis for axis, factor in enumerate(factors) if factor > 1][: 1 if self.kinds is ACROSS else 2]
+        axes = [axis for axis, factor in enumerate(factors) if factor > 1][: 1 if self.kinds.across else 2]
         if not len(measured) or not axes:
             return None
         slices = measured.float().cpu()
@@ -164,7 +164,7 @@ class Recognition:
         if result is not None:
             residuals = _residuals(slices, result.float().cpu(), factors, self.kinds)
             evidence = evidence - AGREEMENT * (residuals / residuals.min()).log()
-        if self.kinds is WITHIN:
+        if not self.kinds.across:
             evidence[0] += SCANNER
         kinds = evidence.masked_fill(self.kinds.priors(width, self.profile) == 0, -math.inf).softmax(0)
         return Recognized(kinds, max(0.0, float(output[:, -1].mean())) * NOISE_UNIT, self.kinds, width)
@@ -197,7 +197,7 @@ class Correction:
             matrices.append(_decomposed(size[axis], sampling, round(coverage, 3)))
         (self.rows, u, d, v), (self.columns, u2, d2, v2) = matrices
         gain = d[:, None] * d2
-        weight = SMALLEST + (recognized.noise / (EQUAL_ACROSS if recognized.known is ACROSS else EQUAL)) ** 2
+        weight = SMALLEST + (recognized.noise / (EQUAL_ACROSS if recognized.known.across else EQUAL)) ** 2
         weight += DOUBT * (1 - recognized.probability) / recognized.probability
         gain = gain / (gain.square() + weight / math.prod(factors))
         self.parts = [part.to(measured) for part in (u, u2, v, v2, gain, self.rows, self.columns)]
@@ -233,7 +233,7 @@ class RecognitionLoss(nn.Module):
 def _samplings(kind: Sampling, factors: Sequence[float], kinds: Kinds) -> list[Sampling]:
     """Samplings of the rows and the columns of slices of a kind. Across thick slices, only the rows are of the kind."""
     rows, columns = (replace(kind, factor=float(factor)) for factor in factors)
-    return [rows, Sampling(columns.factor) if kinds is ACROSS else columns]
+    return [rows, Sampling(columns.factor) if kinds.across else columns]
 
 
 def _residuals(measured: Tensor, result: Tensor, factors: Sequence[float], kinds: Kinds) -> Tensor:

@@ -179,7 +179,7 @@ class Scan:
     def recognized(self) -> Recognized | None:
         """How the scan was sampled; ``None`` if that is not asked for, or cannot be told."""
         recognition = self.inferer.recognition
-        if not (recognition and self.inferer.facts) or any(self.across) != (recognition.kinds is ACROSS):
+        if not (recognition and self.inferer.facts) or any(self.across) != recognition.kinds.across:
             return None
         chosen = [n for n in recognition.chosen(self.measured[:, 0, 0]) if n in self.boxes]
         untold = self._told(self.kinds)

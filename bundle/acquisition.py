@@ -156,7 +156,7 @@ ACROSS = Kinds(
     tuple(share * frequency for share in (0.4, 0.3, 0.3) for frequency in THICKNESSES.values()),
     0.08,
     across=True,
-)  # across thick slices
+)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ __all__ = [
     "acquired_fraction",
     "alternate_brightness",
     "cut_to_acquired",
+    "filtered",
     "kspace_filter",
     "sampled",
     "sampling_matrix",
@@ -199,10 +200,7 @@ class Acquisition:
         if self.noise:
             noise = torch.from_numpy(random.standard_normal((2, *image.shape), dtype=np.float32)).to(image)
             channels = [image + self.noise * noise[0], self.noise * noise[1]]
-        for axis, sampling in enumerate(self.axes, first):
-            if sampling.coverage < 1 or sampling.window != "none":
-                matrix = kspace_filter(image.shape[axis], sampling.coverage, sampling.window)
-                channels = [_along(channel, axis, matrix) for channel in channels]
+        channels = [filtered(channel, self.axes) for channel in channels]
         if len(channels) == 2:
             magnitude = torch.hypot(*channels)
         else:  # the paper's bicubic overshoots: clip it like image files without negative values
@@ -215,6 +213,14 @@ def sampled(image: Tensor, axes: Sequence[Sampling]) -> Tensor:
     for axis, sampling in enumerate(axes, image.ndim - len(axes)):
         if sampling.factor > 1:
             image = _along(image, axis, sampling_matrix(image.shape[axis], sampling))
+    return image
+
+
+def filtered(image: Tensor, axes: Sequence[Sampling]) -> Tensor:
+    """Apply the k-space filters of the last axes of measured samples, which keep their shape."""
+    for axis, sampling in enumerate(axes, image.ndim - len(axes)):
+        if sampling.coverage < 1 or sampling.window != "none":
+            image = _along(image, axis, kspace_filter(image.shape[axis], sampling.coverage, sampling.window))
     return image
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from . import version
-from .acquisition import Sampling, acquired_fraction, sampled
+from .acquisition import Sampling, acquired_fraction, filtered, sampled
 from .arguments import paths
 from .dicom import is_dicom_volume
 from .errors import switch
@@ -284,10 +285,10 @@ class CompareWithTrainingd(MapTransform):
 class Consistencyd(MapTransform):
     """Simulate the acquisition of the result and compare it with the input. The detail added by the network should vanish.
 
-    The true acquisition is unknown: of k-space truncation and the bicubic, Gaussian and box profiles, the one that fits best is used.
-    Adds ``"consistency"`` to the sample: PSNR in dB, peak 1 (the intensity scale), of the result and of the interpolation after the
-    simulated acquisition; ``"acquisition"``, the profile that fits best; and ``"recognized"``, what the result was corrected by
-    (:mod:`bundle.consistency`), or ``None``.
+    The acquisition is the recognised one (:mod:`bundle.consistency`). If none was recognised, the one that fits best is used: k-space
+    truncation, bicubic, Gaussian or box. Adds ``"consistency"`` to the sample: PSNR in dB, peak 1 (the intensity scale), of the result and
+    of the interpolation after the simulated acquisition; ``"acquisition"``, its profile; and ``"recognized"``, what was recognised, or
+    ``None``.
 
     Args:
         keys: the interpolated input, with its ``meta["factor"]``, and the result (1, factor X, factor Y, Z).
@@ -309,24 +310,33 @@ class Consistencyd(MapTransform):
         width = min(data[self.keys[0]].meta.get("slice_width") or 1.0, 3.0)
         some = torch.linspace(0, len(before) - 1, min(len(before), 8)).round().long().tolist()
 
-        def error(key: Hashable, profile: str, slices: Sequence[int]) -> float:
+        def error(key: Hashable, kind: Sampling, slices: Sequence[int]) -> float:
             volume = data[key].as_tensor()[0]
             if len(factors) > 2:
-                volume = sampled(volume, [Sampling(factors[2], profile, width)])
-            axes = [Sampling(factor, profile) for factor in factors[:2]]
-            squares = ((sampled(volume[..., n].float().cpu(), axes) - before[n]).square()[ordinary[n]] for n in slices)
+                volume = sampled(volume, [replace(kind, factor=factors[2])])
+                kind = Sampling(profile=kind.profile)  # the width is that of the slices
+            axes = [replace(kind, factor=factor) if factor > 1 else Sampling() for factor in factors[:2]]
+            again = (filtered(sampled(volume[..., n].float().cpu(), axes), axes) for n in slices)
+            squares = ((measured - before[n]).square()[ordinary[n]] for n, measured in zip(slices, again))
             return sum(float(s.sum()) for s in squares) / max(sum(int(ordinary[n].sum()) for n in slices), 1)
 
-        profiles = ("kspace", "bicubic", "gaussian", "box") if len(factors) == 2 else ("gaussian", "box")
-        fitting = min(profiles, key=lambda profile: error(self.keys[-1], profile, some))
+        recognized = data[self.keys[-1]].meta.get("recognized")
+        if recognized is not None:
+            kinds = [Sampling(1, recognized["profile"], recognized["width"], window=recognized["window"])]
+        elif len(factors) == 2:
+            kinds = [Sampling(1, profile) for profile in ("kspace", "bicubic", "gaussian", "box")]
+        else:
+            kinds = [Sampling(1, profile, width) for profile in ("gaussian", "box")]
+        fitting = min(kinds, key=lambda kind: error(self.keys[-1], kind, some)) if len(kinds) > 1 else kinds[0]
         errors = {name: error(key, fitting, range(len(before))) for name, key in zip(("interpolated", "result"), self.keys)}
         values = {name: round(-10 * math.log10(max(e, 1e-20)), 2) for name, e in errors.items()}
         name = name_of(data[self.keys[-1]])
-        logger.info("%s: after a simulated acquisition (%s), the result agrees with the input to %.2f dB", name, fitting, values["result"])
-        recognized = data[self.keys[-1]].meta.get("recognized")
+        logger.info(
+            "%s: after a simulated acquisition (%s), the result agrees with the input to %.2f dB", name, fitting.profile, values["result"]
+        )
         if recognized is not None:
             logger.info("%s: acquired by %s", name, recognized["text"])
-        return {**data, "consistency": values, "acquisition": fitting, "recognized": recognized}
+        return {**data, "consistency": values, "acquisition": fitting.profile, "recognized": recognized}
 
 
 class SaveVolumed(MapTransform):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import monai.bundle
@@ -10,7 +11,7 @@ import torch
 import toy
 from monai.data import MetaTensor
 
-from bundle.acquisition import Sampling, sampled
+from bundle.acquisition import Acquisition, Sampling, sampled
 from bundle.intensity import ScaleIntensityByPercentiled
 from bundle.loading import LoadVolumed
 from bundle.ranges import STATISTICS, compare, describe, measure, read_ranges
@@ -218,6 +219,24 @@ def test_the_acquisition_that_fits_is_found(profile, factors):
     image = MetaTensor(truth[None], meta={"factor": list(factors), "filename_or_obj": "a.nii.gz"})
     found = Consistencyd(("image", "pred"))({"image": image, "pred": image, "before": scan[None]})
     assert found["acquisition"] == profile
+    assert found["consistency"]["result"] > 80
+
+
+@pytest.mark.parametrize(
+    ("factors", "sampling"),
+    [((2, 2), Sampling(profile="kspace", window="hamming")), ((2, 1), Sampling(profile="gaussian", width=1.3)),
+     ((1, 1, 4), Sampling(profile="trapezoid", width=0.8))],
+)  # fmt: skip
+def test_the_recognized_acquisition_overrides_the_one_that_fits(factors, sampling):
+    """With its width and window, the truth, acquired again, is the scan."""
+    truth = torch.from_numpy(toy.head((43, 40, 12))).float() / 1000
+    axes = [replace(sampling, factor=factor) if factor > 1 else Sampling() for factor in (*factors, 1)[:3]]
+    scan = Acquisition(axes)(truth)
+    image = MetaTensor(truth[None], meta={"factor": list(factors), "filename_or_obj": "a.nii.gz"})
+    kind = {"text": "", "profile": sampling.profile, "width": sampling.width, "window": sampling.window}
+    pred = MetaTensor(truth[None], meta={**image.meta, "recognized": kind})
+    found = Consistencyd(("image", "pred"))({"image": image, "pred": pred, "before": scan[None]})
+    assert found["acquisition"] == sampling.profile
     assert found["consistency"]["result"] > 80
 
 

@@ -183,7 +183,8 @@ class Scan:
             return None
         chosen = [n for n in recognition.chosen(self.measured[:, 0, 0]) if n in self.boxes]
         untold = self._told(self.kinds)
-        for n in chosen:  # the result of a network that does not know the kind is evidence
+        # the result of a network that does not know the kind is evidence
+        for n in tqdm(chosen, "recognition", unit="slice", disable=not self.inferer.show_slices):
             self._compute(n, *untold)
         found = recognition(self.measured[chosen, 0, 0], self.factors, self.target[chosen, 0, 0], self.width)
         return found if found is None or self.inferer.noise is None else replace(found, noise=self.inferer.noise)
@@ -197,7 +198,7 @@ class Scan:
             self.outputs.meta["recognized"] = recognized.facts()  # type: ignore[attr-defined]
             if not any(self.across) or 1 in self.factors:  # how the other axis of planes across thick slices was sampled is not known
                 correction = Correction(self.measured, self.planes.shape[-2:], self.factors, recognized)
-        for n in tqdm(self.boxes, unit="slice", disable=not self.inferer.show_slices):
+        for n in tqdm(self.boxes, "restoration", unit="slice", disable=not self.inferer.show_slices):
             self._compute(n, *knowing)
             result = self.target[n, :, :1]  # a view
             if correction:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .acquisition import ACROSS, WITHIN, Kinds, Sampling, acquired_fraction, kspace_filter, sampling_matrix
+from .acquisition import ACROSS, WITHIN, Kinds, Sampling, acquired_fraction, filtered, sampling_matrix
 from .checkpoints import load_weights
 from .conditions import slices_with_anatomy
 from .errors import InputError
@@ -249,10 +249,7 @@ def _matrix(size: int, sampling: Sampling, coverage: float = 1.0) -> Tensor:
     """Matrix (n, size) of the sampling of an axis."""
     if sampling.factor == 1:
         return torch.eye(size, dtype=torch.float64)
-    matrix = sampling_matrix(size, sampling).double()
-    if coverage < 1 or sampling.window != "none":
-        matrix = kspace_filter(len(matrix), coverage, sampling.window).double() @ matrix
-    return matrix
+    return filtered(sampling_matrix(size, sampling).double(), [replace(sampling, coverage=coverage), Sampling()])
 
 
 @functools.lru_cache(maxsize=8)

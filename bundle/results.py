@@ -307,8 +307,6 @@ class Consistencyd(MapTransform):
             away = torch.nn.functional.max_pool2d(before.abs(), 11, 1, 5) <= HOT
             ordinary = away if away.any() else ordinary
         factors = [float(f) for f in data[self.keys[0]].meta["factor"]]
-        width = min(data[self.keys[0]].meta.get("slice_width") or 1.0, 3.0)
-        some = torch.linspace(0, len(before) - 1, min(len(before), 8)).round().long().tolist()
 
         def error(key: Hashable, kind: Sampling, slices: Sequence[int]) -> float:
             volume = data[key].as_tensor()[0]
@@ -322,12 +320,15 @@ class Consistencyd(MapTransform):
 
         recognized = data[self.keys[-1]].meta.get("recognized")
         if recognized is not None:
-            kinds = [Sampling(1, recognized["profile"], recognized["width"], window=recognized["window"])]
-        elif len(factors) == 2:
-            kinds = [Sampling(1, profile) for profile in ("kspace", "bicubic", "gaussian", "box")]
+            fitting = Sampling(1, recognized["profile"], recognized["width"], window=recognized["window"])
         else:
-            kinds = [Sampling(1, profile, width) for profile in ("gaussian", "box")]
-        fitting = min(kinds, key=lambda kind: error(self.keys[-1], kind, some)) if len(kinds) > 1 else kinds[0]
+            if len(factors) == 2:
+                kinds = [Sampling(1, profile) for profile in ("kspace", "bicubic", "gaussian", "box")]
+            else:
+                width = min(data[self.keys[0]].meta.get("slice_width") or 1.0, 3.0)
+                kinds = [Sampling(1, profile, width) for profile in ("gaussian", "box")]
+            some = torch.linspace(0, len(before) - 1, min(len(before), 8)).round().long().tolist()
+            fitting = min(kinds, key=lambda kind: error(self.keys[-1], kind, some))
         errors = {name: error(key, fitting, range(len(before))) for name, key in zip(("interpolated", "result"), self.keys)}
         values = {name: round(-10 * math.log10(max(e, 1e-20)), 2) for name, e in errors.items()}
         name = name_of(data[self.keys[-1]])

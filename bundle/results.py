@@ -34,6 +34,7 @@ from .grid import oriented
 from .headers import RESULT_MARK, bids_root, file_format, sidecar, strip_extension
 from .ranges import compare, describe, read_ranges
 from .report import INDEX_MARK, Entry, Layer, Row, html_index, html_report
+from .resampling import downsample
 from .transforms import name_of
 from .uncertainty import INTERVAL, NOT_COMPARED, TOO_FAR, Head, Z
 
@@ -288,10 +289,12 @@ class Consistencyd(MapTransform):
     The acquisition is the recognised one (:mod:`bundle.consistency`). If none was recognised, the one that fits best is used: k-space
     truncation, bicubic, Gaussian or box. Adds ``"consistency"`` to the sample: PSNR in dB, peak 1 (the intensity scale), of the result and
     of the interpolation after the simulated acquisition; ``"acquisition"``, its profile; and ``"recognized"``, what was recognised, or
-    ``None``.
+    ``None``. Where the network started from the samples that the scanner had acquired before it zero-filled
+    (:class:`bundle.grid.Upsampled`), these are compared.
 
     Args:
-        keys: the interpolated input, with its ``meta["factor"]``, and the result (1, factor X, factor Y, Z).
+        keys: the interpolated input, with its ``meta["factor"]`` (and ``"acquired_factor"``), and the result
+            (1, factor X, factor Y, Z).
         input_key: the volume before interpolation, (1, X, Y, Z), intensities scaled.
     """
 
@@ -300,27 +303,36 @@ class Consistencyd(MapTransform):
         self.input_key = input_key
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
-        before = torch.as_tensor(data[self.input_key]).float().cpu().movedim(-1, 0).contiguous()  # its slices are read one by one
+        meta = data[self.keys[0]].meta
+        given, factors = meta["factor"], [float(f) for f in meta.get("acquired_factor", meta["factor"])]
+        before = torch.as_tensor(data[self.input_key])[0].float().cpu().movedim(-1, 0).contiguous()  # its slices are read one by one
+        if factors[:2] != [float(f) for f in given[:2]]:
+            before = downsample(before, [factor / f for factor, f in zip(factors, given[:2])], "kspace")
         # exclude hot spots and their surroundings, which would dominate the error
         ordinary = torch.ones_like(before, dtype=torch.bool)
         if max(float(before.max()), -float(before.min())) > HOT:
             away = torch.nn.functional.max_pool2d(before.abs(), 11, 1, 5) <= HOT
             ordinary = away if away.any() else ordinary
-        factors = [float(f) for f in data[self.keys[0]].meta["factor"]]
+
+        coverage = [1.0, 1.0]
 
         def error(key: Hashable, kind: Sampling, slices: Sequence[int]) -> float:
             volume = data[key].as_tensor()[0]
             if len(factors) > 2:
                 volume = sampled(volume, [replace(kind, factor=factors[2])])
                 kind = Sampling(profile=kind.profile)  # the width is that of the slices
-            axes = [replace(kind, factor=factor) if factor > 1 else Sampling() for factor in factors[:2]]
+            axes = [replace(kind, factor=f, coverage=part) if f > 1 else Sampling() for f, part in zip(factors, coverage)]
             again = (filtered(sampled(volume[..., n].float().cpu(), axes), axes) for n in slices)
-            squares = ((measured - before[n]).square()[ordinary[n]] for n, measured in zip(slices, again))
+            # the finer grid may end before the last acquired sample
+            parts = ((n, measured, tuple(map(slice, measured.shape))) for n, measured in zip(slices, again))
+            squares = ((measured - before[n][part]).square()[ordinary[n][part]] for n, measured, part in parts)
             return sum(float(s.sum()) for s in squares) / max(sum(int(ordinary[n].sum()) for n in slices), 1)
 
         recognized = data[self.keys[-1]].meta.get("recognized")
         if recognized is not None:
             fitting = Sampling(1, recognized["profile"], recognized["width"], window=recognized["window"])
+            if fitting.profile == "kspace":
+                coverage = [round(acquired_fraction(before, axis), 3) for axis in (1, 2)]
         else:
             if len(factors) == 2:
                 kinds = [Sampling(1, profile) for profile in ("kspace", "bicubic", "gaussian", "box")]

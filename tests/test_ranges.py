@@ -15,7 +15,7 @@ from bundle.acquisition import Acquisition, Sampling, sampled
 from bundle.intensity import ScaleIntensityByPercentiled
 from bundle.loading import LoadVolumed
 from bundle.ranges import STATISTICS, compare, describe, measure, read_ranges
-from bundle.resampling import downsample, upsample
+from bundle.resampling import downsample, enlarge, upsample
 from bundle.results import Consistencyd
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -238,6 +238,22 @@ def test_the_recognized_acquisition_overrides_the_one_that_fits(factors, samplin
     found = Consistencyd(("image", "pred"))({"image": image, "pred": pred, "before": scan[None]})
     assert found["acquisition"] == sampling.profile
     assert found["consistency"]["result"] > 80
+
+
+def test_consistency_of_a_zero_filled_scan_is_that_of_its_acquired_samples():
+    """The scanner interpolated 20 acquired samples to 31 and 30 to 45; then the truth is refined by 1.6 and 2."""
+    head = torch.from_numpy(toy.head((64, 96, 6))).float() / 1000
+    truth = head + 0.05 * torch.rand(head.shape, generator=torch.Generator().manual_seed(0))
+    kind = {"text": "", "profile": "gaussian", "width": 1.2, "window": "none"}
+    axes = [Sampling(factor, "gaussian", 1.2) for factor in (2.5, 3)]
+    acquired = Acquisition([*axes, Sampling()])(truth).movedim(-1, 0)
+    stored = enlarge(acquired, (1.5, 1.5), (38, 48), "kspace").movedim(0, -1)
+    factors = {"factor": [2.5 / 1.5, 2.0], "acquired_factor": [2.5, 3.0]}
+    image = MetaTensor(truth[None], meta={**factors, "filename_or_obj": "a.nii.gz"})
+    pred = MetaTensor(truth[None], meta={**image.meta, "recognized": kind})
+    assert Consistencyd(("image", "pred"))({"image": image, "pred": pred, "before": stored[None]})["consistency"]["result"] > 60
+    pred.meta["recognized"] = {**kind, "width": 0.7}
+    assert Consistencyd(("image", "pred"))({"image": image, "pred": pred, "before": stored[None]})["consistency"]["result"] < 50
 
 
 def test_shipped_ranges_are_of_the_fifteen_training_subjects():

@@ -493,7 +493,7 @@ def inference_table(sections: dict) -> Iterator[str]:
 
 
 def whole_table(sections: dict) -> Iterator[str]:
-    yield "| volume | network | seconds | of all processors | peak memory, GB |\n|---|---|---|---|---|"
+    yield "| volume | network | seconds | CPU seconds | peak memory, GB |\n|---|---|---|---|---|"
     for s in sections.values():
         for network in (name for name in WHOLE if name in s["rows"]):
             row = s["rows"][network]
@@ -516,7 +516,7 @@ def training_table(s: dict) -> Iterator[str]:
 
 
 def growth_table(section: dict) -> Iterator[str]:
-    yield "| of | number | seconds | of all processors | peak memory, GB |\n|---|---|---|---|---|"
+    yield "| of | number | seconds | CPU seconds | peak memory, GB |\n|---|---|---|---|---|"
     for row in section["rows"]:
         yield f"| {row['of']} | {row['number']} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | {row['gigabytes']:.2f} |"
     yield "\n4 slices of 256 x 256 output pixels, 1 volume, 1 process where nothing else is said; memory of the largest process;"
@@ -524,7 +524,8 @@ def growth_table(section: dict) -> Iterator[str]:
 
 
 def footer(section: dict) -> str:
-    return f"{section['machine']}; medians of {section['repeats']} runs."
+    repeats = section["repeats"]
+    return f"{section['machine']}; {'one run each' if repeats == 1 else f'medians of {repeats} runs'}."
 
 
 def draw_growth(section: dict, path: Path) -> None:

@@ -45,9 +45,11 @@ def test_version_is_one_and_in_the_changelog():
 
 def test_metrics_in_the_metadata_are_the_documented_ones():
     performance = (ROOT / "docs" / "README.md").read_text().split("## Performance")[1].split("\n## ")[0]
-    (row,) = [line for line in performance.splitlines() if line.startswith("| network |")]
-    psnr, ssim = (float(cell.split()[0]) for cell in row.split("|")[2:4])
-    assert config("metadata")["eval_metrics"] == {"mean_psnr": psnr, "mean_ssim": ssim}
+    metrics = {}
+    for name, prefix in (("default network", ""), ("the paper's network", "papers_network_")):
+        (row,) = [line for line in performance.splitlines() if line.startswith(f"| {name} |")]
+        metrics |= dict(zip((f"{prefix}mean_psnr", f"{prefix}mean_ssim"), (float(cell.split()[0]) for cell in row.split("|")[2:4])))
+    assert config("metadata")["eval_metrics"] == metrics
 
 
 def test_required_packages_are_dependencies():

@@ -75,6 +75,8 @@ def test_commands_run_as_they_stand(page, tmp_path, monkeypatch):
             small = SMALL if "evaluate" in configs or "measure_ranges" in configs else {**SMALL, **SHORT}
             if "thick_slices" not in configs:  # whose protocol is whole volumes
                 small = {**small, "axial_slices": [2, 3]}
+            if "random_acquisitions" in configs:
+                small = {**small, "slices_per_volume": 2}
         monai.bundle.run(logging_file=False, meta_file=str(ROOT / "configs" / "metadata.json"), **{**given, **small})
         assert any((tmp_path / given["output_dir"]).rglob("*.*")), given
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
+import inspect
+import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from monai.bundle import ConfigParser
+from monai.bundle import run as bundle_run
 
 from .errors import InputError
 
-__all__ = ["as_typed", "check_output_dir", "device", "paths"]
+__all__ = ["as_typed", "check_options", "check_output_dir", "device", "paths"]
 
 
 def as_typed(name: str) -> list[str]:
@@ -45,6 +52,8 @@ def paths(value: Any, name: str = "dataset_dir") -> list[str]:
         return typed
     if typed and typed[0] != value and Path(typed[0]).exists():
         return typed
+    if str(value) == "":
+        raise InputError(f"{name} is empty: give a path, a pattern or a list of them")
     if isinstance(value, (str, Path)) and not (typed and typed[0] == "None"):
         return [str(value)]
     if isinstance(value, Sequence) and not isinstance(value, str) and value and all(isinstance(v, (str, Path)) for v in value):
@@ -54,6 +63,28 @@ def paths(value: Any, name: str = "dataset_dir") -> list[str]:
     if type(value) in (int, float):
         return [str(value)]
     raise InputError(f"{name} must be a path, a pattern or a list of them, got {value!r}")
+
+
+def check_options() -> None:
+    """Refuse an option of ``python -m monai.bundle run`` that no config knows: MONAI would ignore a name that is mistyped.
+
+    Raises:
+        InputError: the message names the option, and similar ones.
+    """
+    program, *words = sys.argv
+    if Path(program).parts[-2:] != ("bundle", "__main__.py") or words[:1] != ["run"] or not as_typed("config_file"):
+        return
+    value = as_typed("config_file")[0]
+    config = ConfigParser.load_config_files(ast.literal_eval(value) if value.startswith(("[", "(")) else value)
+    known = {*(key.replace("#", "::").partition("::")[0] for key in config), *inspect.signature(bundle_run).parameters}
+    if as_typed("tracking"):
+        known |= {"tracking_uri", "experiment_name", "run_name", "save_execute_config"}
+    known |= set(re.findall(r"@(\w+)", json.dumps(config)))
+    for word in words:
+        name = word.removeprefix("--").partition("=")[0].replace("#", "::").partition("::")[0].replace("-", "_")
+        if word.startswith("--") and name not in known and not name.startswith("_"):
+            near = difflib.get_close_matches(name, known, 3)
+            raise InputError(f"there is no option --{name}" + (f"; similar: {', '.join(f'--{n}' for n in near)}" if near else ""))
 
 
 def check_output_dir(value: Any) -> None:

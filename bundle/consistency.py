@@ -172,8 +172,14 @@ class Recognition:
 
 def recognition(acquisition: str, checkpoint: str | Path, facts: bool = True, across: bool = False) -> Recognition | None:
     """:class:`Recognition` for the option ``acquisition``; ``None`` for ``"unknown"``, and for networks without facts, whose results stay
-    as published."""
+    as published.
+
+    Raises:
+        InputError: if the acquisition is given to a network without facts; also see :class:`Recognition`.
+    """
     kinds = ACROSS if across else WITHIN
+    if not facts and acquisition not in ("auto", "unknown"):
+        raise InputError(f"acquisition is told to general networks only: leave out --acquisition {acquisition}")
     return Recognition(checkpoint, acquisition, kinds) if facts and acquisition != "unknown" else None
 
 

@@ -45,6 +45,9 @@ class InferenceDataset(Dataset):
                 if volume in self.results.name_clashes:
                     other = self.results.name_clashes[volume]
                     raise InputError(f"{volume}: its result would have the same name as that of {other}; rename one of them")
+                blocked = self.results.in_the_way(volume)
+                if blocked is not None:
+                    raise InputError(f"{volume}: {blocked} is in the way, and not of this program: move it, or use another --output_dir")
                 if self.results.is_done(volume):
                     return {**item, "done": True}
             return self.transform(item)

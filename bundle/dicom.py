@@ -5,6 +5,7 @@ For pixels see :mod:`bundle.dicom_volume`; docs/dicom.md explains why this uses 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -153,8 +154,11 @@ def volumes_in(folder: str | Path) -> tuple[dict[str, list[Slice]], dict[str, st
     for uid in sorted(series):
         parts = _parts(series[uid])
         for label, slices in parts.items():
-            name = uid or "no-series-uid"
-            volumes[f"{name}_{label}" if label and len(parts) > 1 else name] = slices
+            name = re.sub(r"[^0-9A-Za-z_.-]", "_", uid).strip(".") or "no-series-uid"  # becomes part of a path
+            name = f"{name}_{label}" if label and len(parts) > 1 else name
+            while name in volumes:  # of two UIDs that differ only in what cannot be part of a path
+                name += "_"
+            volumes[name] = slices
     return volumes, {file: why for file, why in others.items() if why}
 
 

@@ -143,7 +143,7 @@ class VolumeInference(SupervisedEvaluator):
             return self.inferer(image[None].to(device), self.network)[0]
 
     def _write_failures(self, path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as stream:
+        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
             csv.writer(stream).writerows([("volume", "reason"), *self.failures])
 
 

@@ -11,24 +11,29 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 
 from .dicom import files_of
 from .errors import InputError
-from .headers import companions, file_format
+from .headers import companions, file_format, sidecar
 
 __all__ = ["fingerprint", "save_nifti", "sha256", "write_atomically", "write_json"]
 
 DAY = 24 * 60 * 60  # seconds
 
 
-def fingerprint(volume: str) -> dict[str, int]:
-    """Files, bytes and time of the last change (ns) of a volume: a file and its companions, or all slices of a DICOM series."""
+def fingerprint(volume: str) -> dict[str, Any]:
+    """Files, bytes and time of the last change (ns) of a volume: a file and its companions, or all slices of a DICOM series. Also the hash
+    of what its BIDS sidecars say, if it has any."""
     path = Path(volume)
     files = [] if file_format(path) and path.is_file() else files_of(path)
     stats = [f.stat() for f in files or (path, *companions(path)) if f.is_file()]
-    return {"files": len(stats), "bytes": sum(s.st_size for s in stats), "modified": max((s.st_mtime_ns for s in stats), default=0)}
+    told = {} if files else sidecar(path)
+    hashed = {"sidecar": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()} if told else {}
+    modified = max((s.st_mtime_ns for s in stats), default=0)
+    return {"files": len(stats), "bytes": sum(s.st_size for s in stats), "modified": modified, **hashed}
 
 
 def sha256(path: str | Path) -> str:
@@ -38,7 +43,7 @@ def sha256(path: str | Path) -> str:
         InputError: if the file cannot be read.
     """
     try:
-        with Path(path).open("rb") as stream:
+        with Path(str(path)).open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
@@ -57,13 +62,13 @@ def save_nifti(image: nib.Nifti1Image, path: Path) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write an indented JSON file with :func:`write_atomically`.
+    """Write an indented JSON file with :func:`write_atomically`. A file name that is not UTF-8 is read back as it was.
 
     Raises:
         ValueError: for NaN or infinity, which JSON does not have.
     """
     text = json.dumps(content, indent=4, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from .memory import empty_volume
 from .resampling import Factor, check_factor, downsample, enlarge, interpolate_slices, refined_size
 from .transforms import name_of
 
+logger = logging.getLogger(__name__)
+
+SLICE_WIDTHS = (0.5, 1.3)  # slice thickness over slice distance that networks were trained for
 SLICES = 16  # interpolated at a time: more need more memory, fewer need more time
 ISOTROPIC = 1.1  # largest side of a voxel, as a multiple of the smallest, that counts as isotropic
 
@@ -90,8 +94,15 @@ class IsotropicFactorsd(MapTransform):
                 sides = " x ".join(f"{float(side):.4g}" for side in d[key].pixdim)
                 raise PassedOver(f"{name_of(d[key])}: voxels of {sides} mm are isotropic already")
             d[key].meta["factor"] = list(_factors_to(d[key], [self.spacing or smallest] * 3))
-            own = self.slice_thickness
-            d[key].meta["slice_width"] = own / float(d[key].pixdim[2]) if own else slice_width(d[key])
+            own, distance = self.slice_thickness, float(d[key].pixdim[2])
+            width = own / distance if own else slice_width(d[key])
+            if width and not SLICE_WIDTHS[0] <= width <= SLICE_WIDTHS[1]:
+                low, high = (f"{100 * bound:.0f}" for bound in SLICE_WIDTHS)
+                remark = f"slices {width * distance:.4g} mm thick lie {distance:.4g} mm apart, and the network is not told: "
+                remark += f"it was trained for {low} to {high} % of the distance"
+                d[key].meta["remarks"] = "\n".join(filter(None, [d[key].meta.get("remarks", ""), remark]))
+                logger.warning("%s: %s", name_of(d[key]), remark)
+            d[key].meta["slice_width"] = width
         return d
 
 
@@ -202,7 +213,7 @@ def _factors_to(image: MetaTensor, target: Sequence[float]) -> tuple[float, ...]
     if max(factors) < 1 - 1e-3:
         asked, present = (" x ".join(f"{side:.4g}" for side in sides) for sides in (target, sizes))
         raise InputError(f"{name_of(image)}: spacing {asked} mm asked for, but voxels are {present} mm already")
-    return tuple(max(f, 1.0) for f in factors)
+    return tuple(f if f > 1 + 1e-3 else 1.0 for f in factors)
 
 
 def _refined(image: MetaTensor, factors: Sequence[float], mode: str, acquired: Sequence[float] = (1, 1)) -> MetaTensor:

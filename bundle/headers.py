@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +27,14 @@ __all__ = [
     "file_format",
     "in_mm",
     "is_gzip",
+    "is_result",
     "itk_reader",
     "length_unit",
     "named_as_nibabel_wants",
     "nrrd_field",
     "read_header",
     "sidecar",
+    "start_of",
     "strip_extension",
 ]
 
@@ -57,11 +61,11 @@ class Header(NamedTuple):
 
 def file_format(path: str | Path) -> str:
     """``"nifti"`` (also Analyze), ``"freesurfer"``, ``"metaimage"``, ``"nrrd"`` or ``""``, by the extension in upper or lower case;
-    always ``""`` for DICOM."""
+    always ``""`` for DICOM and for folders, whatever their names."""
     name = Path(path).name.lower()
     formats = {"nifti": NIFTI, "freesurfer": FREESURFER, "metaimage": META, "nrrd": NRRD}
     kind = next((kind for kind, extensions in formats.items() if name.endswith(extensions)), "")
-    return "" if kind and _first_bytes(path, 132)[128:] == b"DICM" else kind
+    return "" if kind and (os.path.isdir(path) or _first_bytes(path, 132)[128:] == b"DICM") else kind
 
 
 def strip_extension(name: str) -> str:
@@ -107,6 +111,24 @@ def _first_bytes(path: str | Path, count: int) -> bytes:
             return stream.read(count)
     except OSError:
         return b""
+
+
+def start_of(file: str | Path, size: int = 352) -> bytes:
+    """First bytes of a file, decompressed if it is gzip; empty if it is unreadable."""
+    try:
+        with Path(file).open("rb") as stream:
+            start = stream.read(size)
+        if start[:2] == b"\x1f\x8b":
+            with gzip.open(file) as unzipped:
+                return unzipped.read(size)
+        return start
+    except (OSError, EOFError, zlib.error):
+        return b""
+
+
+def is_result(file: str | Path) -> bool:
+    """Whether a NIfTI file was written by :class:`bundle.results.SaveVolumed`."""
+    return RESULT_MARK.encode() in start_of(file)
 
 
 def itk_reader(path: str | Path) -> Any:

@@ -20,6 +20,7 @@ from .conditions import conditions, measured_samples, spectral_facts, with_measu
 from .conditions import positions as subpixel_positions
 from .consistency import Correction, Recognition, Recognized
 from .errors import InputError, switch
+from .grid import SLICE_WIDTHS
 from .memory import empty_volume, release_freed_memory
 from .networks.uncertainty import WithUncertainty
 from .precision import in_precision
@@ -27,7 +28,6 @@ from .precision import in_precision
 __all__ = ["AutocastInferer", "ForegroundInferer", "OrthogonalSlices", "Scan", "foreground_box"]
 
 BLOCK = 4  # pixels; boxes start at multiples, so that networks which unshuffle by 2 or 4 group the pixels as in the whole slice
-WIDTHS = (0.5, 1.3)  # slice thickness over slice distance: other values were not trained, and the network does not receive them
 MAX_PIXELS = 512 * 192  # per call of the network: the feature maps of larger boxes would need more memory than whole volumes
 
 
@@ -78,8 +78,8 @@ class ForegroundInferer(SliceInferer):
         kwargs: of :class:`monai.inferers.SliceInferer`. Its ``roi_size`` and ``sw_batch_size`` apply within a box or band.
 
     Raises:
-        InputError: if ``skip_background`` is neither true nor false, or ``noise`` or ``denoise`` is out of range.
-        ValueError: if ``threshold`` or ``margin`` is negative.
+        InputError: if ``skip_background`` is neither true nor false, ``threshold``, ``margin``, ``noise`` or ``denoise`` is out of range,
+            or if ``noise`` is given to a network that receives no facts.
     """
 
     def __init__(
@@ -99,10 +99,13 @@ class ForegroundInferer(SliceInferer):
         **kwargs: Any,
     ) -> None:
         self.skip_background, self.positions, self.facts = switch("skip_background", skip_background), positions, facts
-        if threshold < 0 or margin < 0:
-            raise ValueError(f"threshold and margin must not be negative, got {threshold} and {margin}")
+        for name, value in (("threshold", threshold), ("margin", margin)):
+            if not isinstance(value, (int, float)) or value < 0:
+                raise InputError(f"{name} must be a number from 0 upwards, got {value!r}")
         if noise is not None and (not isinstance(noise, (int, float)) or not 0 <= noise < 1):
             raise InputError(f"noise must be a fraction of the intensity scale, such as 0.02, got {noise!r}")
+        if noise is not None and not facts:
+            raise InputError(f"noise is told to general networks only: leave out --noise {noise}")
         if not isinstance(denoise, (int, float)) or not 0 <= denoise <= 1:
             raise InputError(f"denoise must be a number from 0 to 1, got {denoise!r}")
         self.noise, self.denoise, self.interpolation, self.precision = noise, denoise, interpolation, precision
@@ -116,7 +119,7 @@ class ForegroundInferer(SliceInferer):
         A network with an uncertainty head (:class:`bundle.networks.WithUncertainty`) adds a second channel, the standard deviation before
         calibration. Outside the boxes it is 0; with ``denoise`` below 1 it includes the noise that is put back.
         """
-        if not (self.skip_background or self.positions):
+        if not (self.skip_background or self.positions) and self.denoise == 1:
             every_pixel = super().__call__(inputs, in_precision(network, self.precision), *args, **kwargs)
             release_freed_memory()
             return every_pixel
@@ -171,7 +174,7 @@ class Scan:
             for n, of_plane in enumerate(itertools.chain([first], samples)):
                 self.measured[n] = of_plane
             width = float(inputs.meta.get("slice_width", 0))  # type: ignore[attr-defined]
-            self.width = width if any(self.across) and WIDTHS[0] <= width <= WIDTHS[1] else 0.0
+            self.width = width if any(self.across) and SLICE_WIDTHS[0] <= width <= SLICE_WIDTHS[1] else 0.0
             noise, self.spectrum = spectral_facts(self.measured[:, 0, 0])
             self.noise = noise if inferer.noise is None else inferer.noise
             self.kinds = ACROSS.priors(self.width) if any(self.across) else WITHIN.priors()

@@ -11,6 +11,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform
+from scipy import ndimage
 
 from .errors import switch
 
@@ -19,6 +20,8 @@ __all__ = ["ClipToInputRanged", "ScaleIntensityByPercentiled"]
 logger = logging.getLogger(__name__)
 
 OUTLYING = 4.0  # times the 95th percentile of the magnitudes; in 70 ordinary scans the 99.9th was at most 2.5 times the 95th
+OBJECT = 0.01  # fraction of the voxels: what is bright and connected and larger is the anatomy, not a hot spot
+BELOW_AIR = 0.05  # fraction of the voxels with values far below that of the air, from which on it is said
 OVERSHOOT = 1.1  # largest magnitude of a result, as a multiple of that of the input
 
 
@@ -33,8 +36,8 @@ class Scale(NamedTuple):
 class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):
     """Divide by a high percentile of the non-zero magnitudes, so that a single outlier does not set the scale.
 
-    Hot spots (far brighter than everything else) and full-strength noise in the air are ignored. If the air is not near zero, its value is
-    subtracted first. Each case is logged and added to ``meta["remarks"]``. ``meta["unit_intensity"]`` is the scale,
+    Hot spots (small, and far brighter than everything else) and full-strength noise in the air are ignored. If the air is not near zero,
+    its value is subtracted first. Each case is logged and added to ``meta["remarks"]``. ``meta["unit_intensity"]`` is the scale,
     ``meta["zero_intensity"]`` the offset.
 
     Args:
@@ -114,7 +117,12 @@ def find_scale(volume: np.ndarray, percentile: float = 99.9) -> Scale:
     nonzero = magnitudes[magnitudes > 0]
     # torch.quantile refuses more than 16 million elements
     scale, bulk = (float(p) for p in np.percentile(nonzero, (percentile, min(95, percentile))))
-    if scale > OUTLYING * bulk > 0 and len(nonzero) > 1000:
+    if not offset and float(np.mean(volume < -0.2 * scale)) > BELOW_AIR:
+        remarks.append("many values lie far below that of the air, as in z-scores: the network was trained on magnitudes")
+    outlying = scale > OUTLYING * bulk > 0 and len(nonzero) > 1000
+    if outlying and _one_object(magnitudes > OUTLYING * bulk):  # the anatomy in a large field of view
+        scale = float(np.percentile(magnitudes[magnitudes > OUTLYING * bulk], percentile))
+    elif outlying:
         ordinary = nonzero[nonzero <= OUTLYING * bulk]
         scale = float(np.percentile(ordinary, percentile))
         share = 1 - len(ordinary) / len(nonzero)
@@ -141,15 +149,31 @@ def _offset(volume: np.ndarray) -> float:
     shared = float(np.mean(volume == smallest))
     if smallest != 0 and shared > 0.05 and abs(smallest) > 0.02 * (high - smallest):  # one value for all of the air
         return smallest
+    if smallest < 0:  # a constant was subtracted, or the values were normalised; noise in the air gives it many values
+        air = float(np.median(volume[_shell(volume.shape)]))
+        if air < -0.05 * (high - low) and air - low < 0.1 * (high - low):
+            return air
     return low if low > 0.4 * high > 0 else 0.0
+
+
+def _one_object(bright: np.ndarray) -> bool:
+    """Whether bright voxels are the anatomy in a large field of view: a connected part too large for a hot spot."""
+    parts, _ = ndimage.label(bright)
+    return float(np.bincount(parts.ravel())[1:].max(initial=0)) > OBJECT * bright.size
+
+
+def _shell(shape: tuple[int, ...]) -> np.ndarray:
+    """Mask of the voxels near the border of a volume."""
+    shell = np.ones(shape, bool)
+    shell[tuple(slice(max(2, n // 16), n - max(2, n // 16)) for n in shape)] = False
+    return shell
 
 
 def _head_in_noise(magnitudes: np.ndarray, scale: float) -> np.ndarray | None:
     """Mask of the head, if the air around it is noise as bright as the head; otherwise ``None``."""
     if min(magnitudes.shape) < 8:
         return None
-    shell = np.ones(magnitudes.shape, bool)
-    shell[tuple(slice(max(2, n // 16), n - max(2, n // 16)) for n in magnitudes.shape)] = False
+    shell = _shell(magnitudes.shape)
     outside = magnitudes[shell]
     if float(np.mean(outside > 0.2 * scale)) < 0.5:
         return None

@@ -183,7 +183,7 @@ def _small_enough(page: Callable[[list, list, str], str], volumes: Sequence[np.n
             if math.prod(grid) <= MAX_VOXELS:
                 slices = [[_jpeg(volume[..., z].T, quality) for z in range(grid[2])] for volume in small]
                 text = page(slices, grid, note)
-                if len(text.encode()) <= MAX_BYTES or max(grid) == 1:
+                if len(text.encode(errors="backslashreplace")) <= MAX_BYTES or max(grid) == 1:
                     return text
         coarser *= 1.25
 
@@ -290,7 +290,7 @@ def _cells(row: Row) -> str:
 
 
 def _card(entry: Entry) -> str:
-    picture = f'<img alt="" loading="lazy" src="{quote(entry.picture)}">' if entry.picture else ""
+    picture = f'<img alt="" loading="lazy" src="{quote(entry.picture, errors="surrogateescape")}">' if entry.picture else ""
     lines = "".join(f"\n<li>{escape(line)}</li>" for line in entry.warnings)
     warnings = f'\n<ul class="warnings">{lines}\n</ul>' if entry.warnings else '\n<p class="quiet">No warnings</p>'
-    return f'\n<li><a href="{quote(entry.link)}">{picture}<span>{escape(entry.name)}</span></a>{warnings}</li>'
+    return f'\n<li><a href="{quote(entry.link, errors="surrogateescape")}">{picture}<span>{escape(entry.name)}</span></a>{warnings}</li>'

@@ -26,12 +26,13 @@ from monai.transforms import MapTransform
 from . import version
 from .acquisition import Sampling, acquired_fraction, filtered, sampled
 from .arguments import paths
+from .conditions import spectral_facts
 from .dicom import is_dicom_volume
 from .errors import switch
 from .figures import Panel, save_panels
 from .files import fingerprint, save_nifti, sha256, write_atomically, write_json
 from .grid import oriented
-from .headers import RESULT_MARK, bids_root, file_format, sidecar, strip_extension
+from .headers import RESULT_MARK, bids_root, file_format, is_result, sidecar, start_of, strip_extension
 from .ranges import compare, describe, read_ranges
 from .report import INDEX_MARK, Entry, Layer, Row, html_index, html_report
 from .resampling import downsample
@@ -55,6 +56,7 @@ BIDS_README = """# Super-resolved MRI
 `brain_mri_super_resolution` {version} made these volumes. Each `*_desc-sr_*.nii.gz` is a scan on a finer grid; its `.json` file names the
 source, the settings and the warnings. The detail that the network adds is an estimate, not a measurement. Not for diagnosis.
 """
+PAGE_MARK = b"<title>Super-resolution of "  # in every HTML report
 DICOM_ENDING = "_sr_dicom"  # of the folder of a series
 MAP_ENDING = "_sd.nii.gz"  # of an uncertainty map
 DESCRIPTION = "standard deviation of the error of a super-resolved volume"
@@ -137,6 +139,30 @@ class Results:
             name = name.removesuffix(path.suffix)
         return self.output_dir / path.relative_to(os.path.abspath(self.root)).parent / (name + ending)
 
+    def is_own(self, volume: str | Path, ending: str) -> bool:
+        """Whether this program wrote a result file. A file that cannot be read counts as one that was damaged, and a picture as that of the
+        report beside it."""
+        path = self.path(volume, ending)
+        if ending in ("_sr.nii.gz", MAP_ENDING):
+            return is_result(path) or not start_of(path)
+        if ending == "_sr.html":
+            return PAGE_MARK in start_of(path, 2048)
+        try:
+            content = json.loads(self.path(volume, "_sr.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return True
+        return not isinstance(content, dict) or "settings" in content
+
+    def in_the_way(self, volume: str | Path) -> Path | None:
+        """A file with the name of a result of a volume that this program did not write, if there is one."""
+        endings = ("_sr.nii.gz", "_sr.json", *["_sr.html"] * self.report, *[MAP_ENDING] * (self.head is not None))
+        return next((self.path(volume, e) for e in endings if self.path(volume, e).exists() and not self.is_own(volume, e)), None)
+
+    def remove(self, volume: str | Path, ending: str) -> None:
+        """Remove a result file of an earlier run, but no file that this program did not write."""
+        if self.is_own(volume, ending):
+            self.path(volume, ending).unlink(missing_ok=True)
+
     def write(self, volume: str | Path, ending: str, write: Callable[[Path], object]) -> None:
         """Write one result file atomically by calling ``write(path)``."""
         write_atomically(self.path(volume, ending), write)
@@ -196,7 +222,7 @@ class Results:
         root = os.path.join(self.root, "")
         others = [line.replace(root, "") for line in (*getattr(self.volumes, "passed_over", ()), *passed_over)]
         text = html_index(title, entries, reasons, others)
-        write_atomically(index, lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(index, lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
     def name(self, volume: str) -> str:
         """Name of a volume in reports: its path relative to ``dataset_dir``."""
@@ -241,11 +267,18 @@ def _shared_path(dataset_dir: Any, volumes: Sequence[str]) -> str:
     given, taken = paths(dataset_dir), set(map(os.path.abspath, volumes))
     single = os.path.abspath(given[0])
     if len(given) > 1:
-        return os.path.commonpath([os.path.dirname(p) if p in taken or not os.path.isdir(p) else p for p in map(os.path.abspath, given)])
+        searched = [_before_wildcards(os.path.abspath(path)) for path in given]
+        return os.path.commonpath([p if os.path.isdir(p) and p not in taken else os.path.dirname(p) for p in searched])
     if not os.path.lexists(single) and glob.has_magic(single):
-        parts = Path(single).parts
-        return str(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1])))
+        return _before_wildcards(single)
     return os.path.dirname(single) if single in taken else single
+
+
+def _before_wildcards(path: str) -> str:
+    """A path as it is, or the folder before the first wildcard of a pattern."""
+    if os.path.lexists(path) or not glob.has_magic(path):
+        return path
+    return str(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts[:-1])))
 
 
 class CompareWithTrainingd(MapTransform):
@@ -255,22 +288,26 @@ class CompareWithTrainingd(MapTransform):
         keys: the volume (1, X, Y, Z) with scaled intensities, before it is refined; ``meta["factor"]`` holds the factors.
         ranges: JSON file of :func:`bundle.ranges.measure`; if it is missing, nothing is compared.
         uncertainty: whether there will be an uncertainty map, which is not calibrated far from the training data.
+        from_acquired: whether the network starts from the samples that were acquired before the scanner zero-filled
+            (:class:`bundle.grid.Upsampled`); their factors and noise are then compared.
     """
 
-    def __init__(self, keys: KeysCollection, ranges: str | None = None, uncertainty: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, ranges: str | None = None, uncertainty: bool = False, from_acquired: bool = False) -> None:
         super().__init__(keys)
-        self.ranges, self.uncertainty = read_ranges(ranges), uncertainty
+        self.ranges, self.uncertainty, self.from_acquired = read_ranges(ranges), uncertainty, from_acquired
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         image = data[self.keys[0]]
+        fractions = [acquired_fraction(image.as_tensor()[0], axis) if thin else 1.0 for axis, thin in enumerate(_thin(image))]
+        image.meta["acquired_fraction"] = [fraction if fraction < FILLED else 1.0 for fraction in fractions]
         statistics = describe(image, image.meta["factor"])
+        if self.from_acquired:
+            statistics |= _of_acquired_samples(image)
         far = compare(statistics, self.ranges, image.meta.get("modality", ""))
         if self.uncertainty and (far or not self.ranges):
             far.append(TOO_FAR if far else NOT_COMPARED)
         advice = _thick_slices(image) if len(image.meta["factor"]) == 2 else []
-        fractions = [acquired_fraction(image.as_tensor()[0], axis) if thin else 1.0 for axis, thin in enumerate(_thin(image))]
         advice += _zero_filled(image, fractions)
-        image.meta["acquired_fraction"] = [fraction if fraction < FILLED else 1.0 for fraction in fractions]
         for line in (*advice, *far):
             logger.warning("%s: %s", name_of(image), line)
         report = {
@@ -382,7 +419,7 @@ class SaveVolumed(MapTransform):
                     path = self.results.path(volume, MAP_ENDING)
                     write_json(path.with_name(path.name.replace(".nii.gz", ".json")), {**facts, "Description": DESCRIPTION})
             else:
-                self.results.path(volume, MAP_ENDING).unlink(missing_ok=True)
+                self.results.remove(volume, MAP_ENDING)
             self._save(image, volume, "_sr.nii.gz")
         return data
 
@@ -449,7 +486,7 @@ class SaveHtmlReportd(MapTransform):
         image = data[self.keys[0]]
         volume = name_of(image)
         if not self.results.report:
-            self.results.path(volume, "_sr.html").unlink(missing_ok=True)
+            self.results.remove(volume, "_sr.html")
             return data
         before, after = (oriented(data[key], "RAS") for key in self.keys)
         report = data["report"]
@@ -479,7 +516,7 @@ class SaveHtmlReportd(MapTransform):
             rows.insert(3, Row(f"Uncertainty, {100 * INTERVAL:g} % interval", interval))
         title, unit = self.results.name(volume), float(before.meta["unit_intensity"])
         page = html_report(title, layers, unit, rows, [*report["warnings"], *not_compared])
-        self.results.write(volume, "_sr.html", lambda part: part.write_text(page, encoding="utf-8"))
+        self.results.write(volume, "_sr.html", lambda part: part.write_text(page, encoding="utf-8", errors="backslashreplace"))
         return data
 
 
@@ -517,6 +554,17 @@ class SaveReportd(MapTransform):
         }
         write_json(self.results.path(volume, "_sr.json"), report)
         return data
+
+
+def _of_acquired_samples(image: MetaTensor) -> dict[str, float]:
+    """Factors and noise as the network sees them, if the scanner zero-filled k-space along an axis that is refined; otherwise empty."""
+    factors = [float(f) for f in image.meta["factor"][:2]]
+    fractions = [fraction if factor > 1 else 1.0 for fraction, factor in zip(image.meta["acquired_fraction"], factors)]
+    if min(fractions) == 1:
+        return {}
+    samples = downsample(image.as_tensor()[0].movedim(-1, 0).float(), [1 / fraction for fraction in fractions], "kspace")
+    of_axes = {f"factor_{axis}": factor / fraction for axis, factor, fraction in zip("xy", factors, fractions)}
+    return {**of_axes, "noise": spectral_facts(samples)[0]}
 
 
 def _thin(image: MetaTensor) -> list[bool]:

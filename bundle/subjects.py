@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import logging
 import math
 import os
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from .arguments import paths
 from .dicom import Slice, find_dicom, find_series, is_dicom, passed_over, volumes_in
 from .dicom_volume import are_copies, make_one_stack
 from .errors import InputError
-from .headers import RESULT_MARK, companions, file_format
+from .headers import companions, file_format, is_result, start_of
 from .recognition import looks_like
 
 __all__ = ["by_subject", "find_volumes", "split_subjects"]
@@ -226,7 +224,7 @@ def _scans(files: list[Path], pattern: str | Sequence[str] | None, passed: list[
             passed.append(f"{file}: {file.suffix} files are not read")
         elif _holds_nifti(file):
             passed.append(f"{file}: holds NIfTI; give it the extension .nii or .nii.gz")
-        elif _start(file)[128:132] == b"DICM":  # in gzip, because plain DICOM already counts as slices
+        elif start_of(file)[128:132] == b"DICM":  # in gzip, because plain DICOM already counts as slices
             passed.append(f"{file}: holds DICOM in gzip; unpack it")
         elif file.suffix.lower() in DICOM:
             passed.append(f"{file}: is no DICOM, whatever its name says")
@@ -238,27 +236,14 @@ def _scans(files: list[Path], pattern: str | Sequence[str] | None, passed: list[
     return scans
 
 
-def _start(file: Path, size: int = 352) -> bytes:
-    """First bytes of a file, decompressed if it is gzip; empty if it is unreadable."""
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(size)
-        if start[:2] == b"\x1f\x8b":
-            with gzip.open(file) as unzipped:
-                return unzipped.read(size)
-        return start
-    except (OSError, EOFError, zlib.error):
-        return b""
-
-
 def _holds_nifti(file: Path) -> bool:
-    start = _start(file)
+    start = start_of(file)
     return start[344:348] in (b"n+1\0", b"ni1\0") or start[4:8] == b"n+2\0"
 
 
 def _is_result(file: Path) -> bool:
     """Whether a file was written by :class:`bundle.results.SaveVolumed`."""
-    return bool(re.search(OURS + r"\.nii\.gz$", file.name)) and RESULT_MARK.encode() in _start(file)
+    return bool(re.search(OURS + r"\.nii\.gz$", file.name)) and is_result(file)
 
 
 def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str, subject_pattern: str | None = None) -> list[dict[str, str]]:

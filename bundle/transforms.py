@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import nibabel as nib
 import torch
@@ -36,8 +37,10 @@ class AxialSlicesd(MapTransform):
 
     def __init__(self, keys: KeysCollection, axial_slices: Sequence[int] | None = None) -> None:
         super().__init__(keys)
-        if axial_slices is not None and (len(axial_slices) != 2 or not 1 <= axial_slices[0] <= axial_slices[1]):
-            raise InputError(f"axial_slices must be [first, last] with 1 <= first <= last, got {axial_slices}")
+        pair: Any = axial_slices
+        whole = isinstance(pair, Sequence) and len(pair) == 2 and all(type(n) is int for n in pair)
+        if pair is not None and not (whole and 1 <= pair[0] <= pair[1]):
+            raise InputError(f"axial_slices must be [first, last], whole numbers with 1 <= first <= last, got {axial_slices!r}")
         self.axial_slices = axial_slices
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:

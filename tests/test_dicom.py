@@ -197,6 +197,27 @@ class TestFinding:
         np.testing.assert_array_equal(load(find_volumes(folder)[0])[0], toy.head())
 
 
+@pytest.mark.parametrize("uid", ["../../evil", "/tmp/evil", "1.2/3.4", "..", "a\\b"])
+def test_a_series_uid_is_not_a_path(uid, tmp_path):
+    folder = tmp_path / "in"
+    toy_dicom.series(folder, lambda ds, n: setattr(ds, "SeriesInstanceUID", uid))
+    other = toy_dicom.series(tmp_path / "other")
+    for file in sorted(other.iterdir()):
+        file.rename(folder / f"other_{file.name}")
+    found = find_volumes(folder)
+    assert len(found) == 2
+    for path in found:
+        assert Path(path).parent == folder
+        np.testing.assert_array_equal(load(path)[0], toy.head())
+
+
+@pytest.mark.parametrize("name", ["T1.nii", "T1.img", "T1.nrrd"])
+def test_a_folder_may_be_named_like_a_file(name, tmp_path):
+    folder = toy_dicom.series(tmp_path / name)
+    np.testing.assert_array_equal(load(folder)[0], toy.head())
+    assert find_volumes(folder) == [str(folder)]
+
+
 class TestLoading:
     def test_facts_of_the_header_are_kept(self, tmp_path):
         folder = toy_dicom.series(tmp_path / "series", lambda ds, n: setattr(ds, "SliceThickness", "1.6"))

@@ -1,4 +1,5 @@
 import gzip
+import json
 import os
 import platform
 import subprocess
@@ -13,6 +14,7 @@ import torch
 import toy
 from PIL import Image
 
+from bundle.data import InferenceDataset
 from bundle.errors import InputError, full_disk, reason
 from bundle.figures import Panel, save_panels
 from bundle.files import fingerprint, save_nifti, write_atomically, write_json
@@ -71,6 +73,50 @@ class TestResultPath:
         volumes = ["/in/a/t1.nii.gz", "/in/a/t1.mha", "/in/b/t1.nii", "/in/c.img"]
         assert Results("out", "/in", volumes).name_clashes == {volumes[0]: volumes[1], volumes[1]: volumes[0]}
 
+    def test_patterns_with_wildcard_folders_share_what_is_before_the_wildcards(self, tmp_path):
+        volumes = [str(tmp_path / name) for name in ("1/t1.nii", "2/t1.nii", "1/t2.nii")]
+        results = Results("out", [str(tmp_path / "*" / name) for name in ("t1.nii", "t2.nii")], volumes)
+        assert [results.path(volume, "") for volume in volumes] == [Path("out/1/t1"), Path("out/2/t1"), Path("out/1/t2")]
+
+
+class TestForeignFiles:
+    """A file that has the name of a result, but is not one, stays as it is."""
+
+    def write(self, folder):
+        foreign = {ending: folder / f"a{ending}" for ending in ("_sr.nii.gz", "_sd.nii.gz", "_sr.html", "_sr.json")}
+        for path in (foreign["_sr.nii.gz"], foreign["_sd.nii.gz"]):
+            toy.write_nifti(path)
+        foreign["_sr.html"].write_text("<title>Minutes</title>")
+        foreign["_sr.json"].write_text('{"patient": 1}')
+        return foreign
+
+    def test_it_is_in_the_way(self, tmp_path):
+        volume = str(toy.write_nifti(tmp_path / "a.nii.gz"))
+        results = Results(tmp_path, tmp_path, [volume], report=True)
+        assert results.in_the_way(volume) is None
+        foreign = self.write(tmp_path)
+        for ending in ("_sr.nii.gz", "_sr.json", "_sr.html"):
+            assert results.in_the_way(volume) == foreign[ending]
+            foreign[ending].unlink()
+        assert results.in_the_way(volume) is None
+        item = InferenceDataset([{"image": volume}], lambda item: item, results)[0]
+        assert item == {"image": volume}
+
+    def test_it_is_not_removed(self, tmp_path):
+        volume, foreign = str(toy.write_nifti(tmp_path / "a.nii.gz")), self.write(tmp_path)
+        results = Results(tmp_path, tmp_path, [volume])
+        for ending, path in foreign.items():
+            results.remove(volume, ending)
+            assert path.exists()
+        error = InferenceDataset([{"image": volume}], lambda item: item, results)[0]["error"]
+        assert error.startswith(f"{volume}: {foreign['_sr.nii.gz']} is in the way, and not of this program")
+
+    def test_what_was_damaged_is_replaced(self, tmp_path):
+        volume = str(toy.write_nifti(tmp_path / "a.nii.gz"))
+        for ending in ("_sr.nii.gz", "_sr.json"):
+            (tmp_path / f"a{ending}").touch()
+        assert Results(tmp_path, tmp_path, [volume]).in_the_way(volume) is None
+
 
 class TestSettings:
     def done(self, tmp_path, before, after):
@@ -97,8 +143,24 @@ class TestSettings:
         weights.write_bytes(b"two")
         assert before != Results(tmp_path, tmp_path, [], weights=weights).settings
 
+    def test_another_sidecar_makes_another_input(self, tmp_path):
+        volume = str(toy.write_nifti(tmp_path / "a.nii.gz"))
+        found = [fingerprint(volume)]
+        for thickness in (3, 5):
+            (tmp_path / "a.json").write_text(f'{{"SliceThickness": {thickness}}}')
+            found.append(fingerprint(volume))
+        assert found[0] != found[1] != found[2]
+        assert fingerprint(volume) == found[2]
+
     def test_another_setting_makes_another_result(self, tmp_path):
         assert not self.done(tmp_path, {"scale": 2}, {"scale": 2, "margin": 16})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text")
+def test_file_names_that_are_not_utf8_are_kept(tmp_path):
+    name = os.fsdecode(b"scan_\xe9")
+    write_json(tmp_path / "a.json", {"volume": name})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["volume"] == name
 
 
 class TestWriteAtomically:

@@ -115,6 +115,9 @@ def test_a_slice_thickness_reaches_the_network(infer, tmp_path):
      ((), {"noise": 2}, "noise must be a fraction"), ((), {"denoise": -1}, "denoise must be a number from 0 to 1"),
      (("isotropic",), {"denoise": 0}, "with thick slices it must be 1"),
      (("isotropic",), {"acquisition": "kspace"}, "acquisition must be auto, unknown, gaussian, box or trapezoid, got 'kspace'"),
+     (("networks/fast",), {"acquisition": "kspace"}, "acquisition is told to general networks only"),
+     (("networks/fast",), {"noise": 0.02}, "noise is told to general networks only"),
+     ((), {"margin": -1}, "margin must be a number from 0"),
      (("isotropic",), {"slice_thickness": -3}, "slice_thickness must")],
 )  # fmt: skip
 def test_impossible_options_are_refused(overlays, option, message, infer, tmp_path):

@@ -150,6 +150,28 @@ class TestGeometryAndIntensity:
         assert told == pytest.approx(measured, abs=0.02)
         assert abs(told[0] - told[1]) > 0.1
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="file names are text")
+    def test_a_file_name_that_is_not_utf8_is_kept(self, infer, tmp_path):
+        source, bad = tmp_path / "in", "scan_\udce9"
+        toy.write_nifti(source / "ok.nii.gz", toy.head((20, 22, 4))).rename(source / f"{bad}.nii.gz")
+        toy.write_nifti(source / "ok.nii.gz", toy.head((20, 22, 4)))
+        (source / "damaged_\udce9.nii.gz").write_bytes(b"nothing")
+        with pytest.raises(RuntimeError):
+            infer(source, report=True)
+        names = {path.name for path in (tmp_path / "out").iterdir()}
+        assert {f"{bad}_sr.{ending}" for ending in ("nii.gz", "json", "html", "png")} <= names
+        assert {"failed.csv", "index.html", "ok_sr.nii.gz"} <= names
+
+    def test_a_file_that_is_no_result_is_not_overwritten(self, infer, tmp_path):
+        for name, seed in (("a", 0), ("a_sr", 1), ("b", 2)):
+            toy.write_nifti(tmp_path / "in" / f"{name}.nii.gz", toy.head((20, 22, 4), seed=seed))
+        before = (tmp_path / "in" / "a_sr.nii.gz").read_bytes()
+        with pytest.raises(RuntimeError) as error:
+            infer(tmp_path / "in", output_dir=tmp_path / "in")
+        assert "is in the way, and not of this program" in reason(error.value)
+        assert (tmp_path / "in" / "a_sr.nii.gz").read_bytes() == before
+        assert (tmp_path / "in" / "b_sr.nii.gz").exists()
+
     def test_storage_order_does_not_matter(self, infer, tmp_path):
         head, to_world = outlying(toy.head((21, 22, 4))), toy.affine((1, 1.1, 3), (5, 6, 7))
         orders = ("RAS", "LAS", "RPS", "RAI", "LPI", "ASR")
@@ -665,7 +687,7 @@ class TestBadInput:
         path = toy.write_nifti(tmp_path / "a.nii.gz", toy.head((20, 22, 3)))
         with pytest.raises(Exception) as error:
             infer(path, axial_slices=axial_slices)
-        assert f"axial_slices must be [first, last] with 1 <= first <= last, got {axial_slices}" in whole_story(error.value)
+        assert f"axial_slices must be [first, last], whole numbers with 1 <= first <= last, got {axial_slices}" in whole_story(error.value)
 
     @pytest.mark.parametrize("scale", [0, 0.5, -1, "two", [2, 2, 2]])
     def test_impossible_scale_is_refused(self, scale, infer, tmp_path):

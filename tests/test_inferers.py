@@ -251,14 +251,15 @@ def test_a_volume_is_super_resolved_as_without_skipping(tmp_path, monkeypatch):
     assert not found["true"][..., [0, 4]].any()
 
 
+@pytest.mark.parametrize("positions", [False, True])
 @pytest.mark.parametrize("skip", [False, True])
-def test_the_scan_s_own_noise_is_kept_on_request(skip):
+def test_the_scan_s_own_noise_is_kept_on_request(skip, positions):
     """Whatever the network does, k-space truncation of the result gives the measured samples; in between, a mixture."""
     scan = torch.rand(1, 1, 31, 35, 3)
     size = [62, 70]
     image = enlarge(scan[0, 0].movedim(-1, 0), (2, 2), size, "spline").movedim(0, -1)[None, None]
     inputs = MetaTensor(image, meta={"factor": [2.0, 2.0]})
-    inferers = [ForegroundInferer(**WHOLE, skip_background=skip, positions=True, denoise=d) for d in (1, 0.5, 0)]
+    inferers = [ForegroundInferer(**WHOLE, skip_background=skip, positions=positions, denoise=d) for d in (1, 0.5, 0)]
     results = [inferer(inputs, lambda x: 0.5 * x[:, :1]) for inferer in inferers]
     every, half, none = (torch.as_tensor(r)[0, 0].movedim(-1, 0) for r in results)
     torch.testing.assert_close(downsample(none, (2, 2), "kspace"), scan[0, 0].movedim(-1, 0), atol=1e-4, rtol=0)

@@ -28,6 +28,34 @@ def test_offset_is_subtracted_and_restored(offset):
     np.testing.assert_allclose(transform.inverse(transform(image))["image"][0], head + offset, atol=0.01)
 
 
+@pytest.mark.parametrize("change", [lambda v: v - 1000, lambda v: (v - v.mean()) / v.std(), lambda v: 2 * v / v.max() - 1])
+def test_noise_in_the_air_does_not_hide_an_offset(change):
+    """The network sees the same volume, whatever was subtracted and divided by."""
+    head, noise = toy.head(SHAPE), np.random.default_rng(0).normal(0, 10, (2, *SHAPE))
+    noisy = np.hypot(head + noise[0], noise[1]).astype(np.float32)
+    changed = change(noisy)
+    plain, scale = find_scale(noisy), find_scale(changed)
+    assert plain.offset == 0
+    seen = (changed - scale.offset) / scale.scale
+    np.testing.assert_allclose(seen, noisy / plain.scale, atol=0.02)
+
+
+def test_a_small_head_in_a_large_field_of_view_is_not_a_hot_spot():
+    noise = np.random.default_rng(0).normal(0, 10, (2, 128, 128, 40))
+    low = np.zeros((128, 128, 40))
+    low[40:80, 40:80, 12:28] = toy.head((40, 40, 16))
+    scale = find_scale(np.hypot(low + noise[0], noise[1]).astype(np.float32))
+    assert scale.scale == pytest.approx(find_scale(toy.head((40, 40, 16))).scale, rel=0.1)
+    assert not scale.remarks
+
+
+def test_values_below_the_air_are_said():
+    head = toy.head(SHAPE)
+    inside = head > 0
+    z_scores = np.where(inside, (head - head[inside].mean()) / head[inside].std(), 0).astype(np.float32)
+    assert "as in z-scores" in find_scale(z_scores).remarks[0]
+
+
 def test_noise_in_the_air_is_said():
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in SHAPE), indexing="ij")
     inside = x**2 + y**2 + z**2 < 0.8

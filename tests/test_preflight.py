@@ -11,6 +11,7 @@ from bundle.errors import InputError, PassedOver
 from bundle.grid import InPlaneFactorsd, IsotropicFactorsd, ThickAxisLastd
 from bundle.loading import LoadVolumed
 from bundle.preflight import CheckMemoryd, available_memory
+from bundle.resampling import upsample
 from bundle.results import CompareWithTrainingd
 from bundle.transforms import AxialSlicesd
 
@@ -56,6 +57,41 @@ def test_isotropic_volume_is_passed_over(tmp_path):
 def test_the_width_of_slices_is_that_of_the_header_unless_it_is_given(meta, given, width):
     image = MetaTensor(torch.zeros(1, 4, 4, 4), affine=torch.diag(torch.tensor([1.0, 1, 5, 1])), meta=meta)
     assert IsotropicFactorsd("image", slice_thickness=given)({"image": image})["image"].meta["slice_width"] == pytest.approx(width)
+
+
+@pytest.mark.parametrize(("given", "told"), [(2, False), (4, True), (8, False)])
+def test_a_thickness_that_was_not_trained_is_said(given, told):
+    image = MetaTensor(torch.zeros(1, 4, 4, 4), affine=torch.diag(torch.tensor([1.0, 1, 5, 1])))
+    remarks = IsotropicFactorsd("image", slice_thickness=given)({"image": image})["image"].meta.get("remarks", "")
+    assert remarks.startswith(f"slices {given} mm thick lie 5 mm apart") != told
+
+
+def test_pixels_that_are_square_but_for_rounding_are_not_refined():
+    image = MetaTensor(torch.zeros(1, 4, 4, 4), affine=torch.diag(torch.tensor([1.0, 1.00001, 5, 1])))
+    assert IsotropicFactorsd("image")({"image": image})["image"].meta["factor"] == [1, 1, 5]
+
+
+@pytest.mark.parametrize("value", [9, "[1, 2]", ["a", "b"], [1.5, 3], [0, 3], [3, 2], [1, 2, 3]])
+def test_axial_slices_are_two_whole_numbers(value):
+    with pytest.raises(InputError, match=r"axial_slices must be \[first, last\]"):
+        AxialSlicesd("image", value)
+
+
+def test_factors_from_acquired_samples_are_compared(tmp_path):
+    """The network starts from the samples that were acquired: it then refines by more than is asked for."""
+    ranges = tmp_path / "ranges.json"
+    ranges.write_text('{"ranges": {"factor_x": [1, 4], "factor_y": [1, 4]}}')
+    acquired = torch.from_numpy(toy.head((40, 36, 6))).float().movedim(-1, 0)
+    noisy = acquired + 20 * torch.randn(acquired.shape, generator=torch.Generator().manual_seed(0))
+    filled = upsample(noisy, (2, 1), "kspace").movedim(0, -1)[None] / 1000
+    for factor, warned in ((3, True), (2, False)):
+        image = MetaTensor(filled, meta={"factor": [factor, factor]})
+        report = CompareWithTrainingd("image", str(ranges), from_acquired=True)({"image": image})["report"]
+        assert report["statistics"]["factor_x"] == pytest.approx(2 * factor, rel=0.1)
+        assert report["statistics"]["factor_y"] == factor
+        assert report["statistics"]["noise"] == pytest.approx(0.02, rel=0.3)
+        assert any("factor along x" in line for line in report["warnings"]) == warned
+    assert CompareWithTrainingd("image", str(ranges))({"image": image})["report"]["statistics"]["factor_x"] == 2
 
 
 def test_thick_slices_are_advised(tmp_path):

@@ -168,7 +168,7 @@ def slices_of(file: str | Path) -> tuple[list[Slice], str]:
     return _slices_of(str(file), stat.st_mtime_ns, stat.st_size)
 
 
-@lru_cache(maxsize=20000)  # every series in a folder leads to a scan of the whole folder
+@lru_cache(maxsize=100_000)  # every series in a folder leads to a scan of the whole folder
 def _slices_of(file: str, *changed: int) -> tuple[list[Slice], str]:
     try:
         header = header_of(file)

@@ -3,6 +3,7 @@ import pytest
 import toy
 from monai.data import MetaTensor
 
+from bundle.grid import Upsampled
 from bundle.intensity import ClipToInputRanged, ScaleIntensityByPercentiled, find_scale
 
 SHAPE = (64, 60, 20)
@@ -49,11 +50,34 @@ def test_a_small_head_in_a_large_field_of_view_is_not_a_hot_spot():
     assert not scale.remarks
 
 
-def test_values_below_the_air_are_said():
-    head = toy.head(SHAPE)
+@pytest.mark.parametrize("factor", [1, 2, 1.5])
+def test_z_scores_on_a_background_of_zero(factor):
+    """The network sees the brain as it was before, and the background stays 0."""
+    head = toy.head(SHAPE) + 200.0 * (toy.head(SHAPE) > 0)
     inside = head > 0
-    z_scores = np.where(inside, (head - head[inside].mean()) / head[inside].std(), 0).astype(np.float32)
-    assert "as in z-scores" in find_scale(z_scores).remarks[0]
+    mean, deviation = head[inside].mean(), head[inside].std()
+    z_scores = np.where(inside, (head - mean) / deviation, 0).astype(np.float32)
+    transform = ScaleIntensityByPercentiled("image")
+    affine = np.diag([1, 1.2, 3, 1])
+    image = transform({"image": MetaTensor(z_scores[None], affine=affine)})["image"]
+    assert "as in z-scores" in image.meta["remarks"]
+    assert not image[0][~inside].any()
+    seen = image[0].numpy()[inside] * image.meta["unit_intensity"] + image.meta["zero_intensity"]
+    np.testing.assert_allclose(seen, z_scores[inside], atol=1e-5)
+    assert float((image[0] < -0.05).float().mean()) < 1e-3
+    image.meta["factor"] = [factor, factor]
+    finer = transform.inverse(Upsampled("image", "nearest")({"image": image}))["image"]
+    rows, columns = (np.rint((np.arange(int(n * factor)) + 0.5) / factor - 0.5 - 1e-9).astype(int) for n in SHAPE[:2])
+    assert finer.shape[1:] == (len(rows), len(columns), SHAPE[2])
+    outside = ~inside[rows][:, columns]
+    assert not finer[0].numpy()[outside].any()
+    if factor != 1.5:  # where both take the same neighbour
+        np.testing.assert_allclose(finer[0], z_scores[rows][:, columns], atol=1e-5)
+
+
+def test_values_below_the_air_are_said():
+    signed = toy.head(SHAPE) * np.where(np.arange(SHAPE[0]) % 2, 1, -1)[:, None, None] + np.random.default_rng(0).normal(0, 5, SHAPE)
+    assert "far below that of the air" in find_scale(signed.astype(np.float32)).remarks[0]
 
 
 def test_noise_in_the_air_is_said():

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 OUTLYING = 4.0  # times the 95th percentile of the magnitudes; in 70 ordinary scans the 99.9th was at most 2.5 times the 95th
 OBJECT = 0.01  # fraction of the voxels: what is bright and connected and larger is the anatomy, not a hot spot
-BELOW_AIR = 0.05  # fraction of the voxels far below the background, from which on it is not the lowest value of the anatomy
+BELOW_AIR = 0.05  # fraction of the non-zero voxels far below 0, from which on the background is not the lowest value
 OVERSHOOT = 1.1  # largest magnitude of a result, as a multiple of that of the input
 
 
@@ -128,9 +128,10 @@ def find_scale(volume: np.ndarray, percentile: float = 99.9) -> Scale:
     nonzero = magnitudes[magnitudes > 0]
     # torch.quantile refuses more than 16 million elements
     scale, bulk = (float(p) for p in np.percentile(nonzero, (percentile, min(95, percentile))))
-    if not offset and float(np.mean(volume < -0.2 * scale)) > BELOW_AIR:
-        if float(np.mean(volume[_shell(volume.shape)] == 0)) > 0.5:
-            lowest = float(np.percentile(volume[volume != 0], 0.1))
+    signed = volume[volume != 0] if not offset and volume.min() < -0.2 * scale else np.zeros(1)
+    if float(np.mean(signed < -0.2 * scale)) > BELOW_AIR:
+        if float(np.mean(signed > 0.2 * scale)) > BELOW_AIR and float(np.mean(volume[_shell(volume.shape)] == 0)) > 0.5:
+            lowest = float(np.percentile(signed, 0.1))
             within = find_scale(np.where(volume == 0, 0, volume - np.float32(lowest)), percentile)
             remarks.append(
                 f"values above and below the background of 0, as in z-scores: {lowest:.4g} subtracted within it, and added again"

@@ -17,7 +17,7 @@ from .acquisition import Acquisition, Sampling, cut_to_acquired
 from .conditions import MIDDLES, between_neighbours, slices_with_anatomy
 from .consistency import Recognition
 from .errors import switch
-from .files import write_atomically, write_json
+from .files import write_json, write_text
 from .inferers import ForegroundInferer, OrthogonalSlices
 from .metrics import FOREGROUND, head_of, psnr
 from .resampling import enlarge, interpolate_slices
@@ -150,7 +150,7 @@ def measure_acquisitions(
                 result = apply(spline, {"factor": [1.0, 1.0, factor], "slice_width": width}, noise, orthogonal=True)
                 note(f"{thickness:g} mm: {title}", name_of(image), body, result, {"spline": spline})
         write_json(Path(output_dir) / "acquisitions.json", {"rows": table})
-        write_atomically(Path(output_dir) / "acquisitions.md", lambda path: path.write_text(_markdown(table), encoding="utf-8"))
+        write_text(Path(output_dir) / "acquisitions.md", _markdown(table))
     if head is not None:
         _report_uncertainty(head, cells, calibrate, subject_pattern, Path(output_dir))
     logger.info("gain over the better interpolation, mean and worst volume:\n%s", _markdown(table))
@@ -171,7 +171,7 @@ def _report_uncertainty(head: Head, cells: dict[str, dict[str, Cell]], calibrate
         folder / "uncertainty.json", {"calibrations": {name: values._asdict() for name, values in calibrations.items()}, "rows": found}
     )
     text = markdown_of_uncertainty(found)
-    write_atomically(folder / "uncertainty.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / "uncertainty.md", text)
     logger.info("uncertainty map%s:\n%s", ", each person by the calibration of the others" if calibrate else "", text)
 
 

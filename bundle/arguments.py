@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import inspect
 import json
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser
 from monai.bundle import run as bundle_run
 
@@ -74,8 +74,7 @@ def check_options() -> None:
     program, *words = sys.argv
     if Path(program).parts[-2:] != ("bundle", "__main__.py") or words[:1] != ["run"] or not as_typed("config_file"):
         return
-    value = as_typed("config_file")[0]
-    config = ConfigParser.load_config_files(ast.literal_eval(value) if value.startswith(("[", "(")) else value)
+    config = ConfigParser.load_config_files(DefaultParseValue(as_typed("config_file")[0]))
     known = {*(key.replace("#", "::").partition("::")[0] for key in config), *inspect.signature(bundle_run).parameters}
     if as_typed("tracking"):
         known |= {"tracking_uri", "experiment_name", "run_name", "save_execute_config"}

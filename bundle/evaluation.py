@@ -15,7 +15,7 @@ from ignite.engine import Engine, Events
 from torch.utils.data import Dataset, Sampler
 
 from .figures import Panel, save_panels
-from .files import write_atomically, write_json
+from .files import write_atomically, write_json, write_text
 from .metrics import has_foreground, psnr, ssim, volume_psnr, volume_ssim
 from .resampling import acquire_slices, interpolate_slices
 from .transforms import name_of, slice_factor
@@ -171,7 +171,7 @@ class ThickSlicesReport:
 
     def _write(self) -> None:
         write_json(self.output_dir / "thick_slices.json", {"profile": self.profile, "gap": self.gap, **self._summary()})
-        write_atomically(self.output_dir / "thick_slices.md", lambda path: path.write_text(self._table(), encoding="utf-8"))
+        write_text(self.output_dir / "thick_slices.md", self._table())
 
     def _summary(self) -> dict:
         summary: dict = {}

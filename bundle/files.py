@@ -19,7 +19,7 @@ from .dicom import files_of
 from .errors import InputError
 from .headers import companions, file_format, sidecar
 
-__all__ = ["fingerprint", "save_nifti", "sha256", "write_atomically", "write_json"]
+__all__ = ["fingerprint", "save_nifti", "sha256", "write_atomically", "write_json", "write_text"]
 
 DAY = 24 * 60 * 60  # seconds
 
@@ -43,7 +43,7 @@ def sha256(path: str | Path) -> str:
         InputError: if the file cannot be read.
     """
     try:
-        with Path(str(path)).open("rb") as stream:
+        with Path(str(path)).open("rb") as stream:  # the command line reads the name 5 as a number
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
@@ -62,12 +62,16 @@ def save_nifti(image: nib.Nifti1Image, path: Path) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write an indented JSON file with :func:`write_atomically`. A file name that is not UTF-8 is read back as it was.
+    """Write an indented JSON file with :func:`write_text`. A file name that is not UTF-8 is read back as it was.
 
     Raises:
         ValueError: for NaN or infinity, which JSON does not have.
     """
-    text = json.dumps(content, indent=4, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, json.dumps(content, indent=4, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8 with :func:`write_atomically`; the bytes of file names that are not UTF-8 become ``\\udc..``."""
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -18,15 +17,23 @@ from torch import Tensor
 from .errors import InputError, PassedOver
 from .memory import empty_volume
 from .resampling import Factor, check_factor, downsample, enlarge, interpolate_slices, refined_size
-from .transforms import name_of
-
-logger = logging.getLogger(__name__)
+from .transforms import add_remarks, name_of
 
 SLICE_WIDTHS = (0.5, 1.3)  # slice thickness over slice distance that networks were trained for
 SLICES = 16  # interpolated at a time: more need more memory, fewer need more time
 ISOTROPIC = 1.1  # largest side of a voxel, as a multiple of the smallest, that counts as isotropic
 
-__all__ = ["InPlaneFactorsd", "IsotropicFactorsd", "Orientd", "ThickAxisLastd", "Upsampled", "oriented", "slice_width"]
+__all__ = [
+    "InPlaneFactorsd",
+    "IsotropicFactorsd",
+    "Orientd",
+    "ThickAxisLastd",
+    "Upsampled",
+    "acquired_fractions",
+    "acquired_samples",
+    "oriented",
+    "slice_width",
+]
 
 
 class InPlaneFactorsd(MapTransform):
@@ -98,10 +105,9 @@ class IsotropicFactorsd(MapTransform):
             width = own / distance if own else slice_width(d[key])
             if width and not SLICE_WIDTHS[0] <= width <= SLICE_WIDTHS[1]:
                 low, high = (f"{100 * bound:.0f}" for bound in SLICE_WIDTHS)
-                remark = f"slices {width * distance:.4g} mm thick lie {distance:.4g} mm apart, and the network is not told: "
-                remark += f"it was trained for {low} to {high} % of the distance"
-                d[key].meta["remarks"] = "\n".join(filter(None, [d[key].meta.get("remarks", ""), remark]))
-                logger.warning("%s: %s", name_of(d[key]), remark)
+                remark = f"slices {width * distance:.4g} mm thick lie {distance:.4g} mm apart; the network is not told, because it was "
+                remark += f"trained for {low} to {high} % of the distance"
+                add_remarks(d[key], [remark])
             d[key].meta["slice_width"] = width
         return d
 
@@ -131,8 +137,7 @@ class Upsampled(MapTransform):
             if self.input_key is not None:
                 d[self.input_key] = d[key].as_tensor()
             factors = [float(f) for f in d[key].meta["factor"]]
-            fractions = d[key].meta.get("acquired_fraction", (1.0, 1.0)) if self.from_acquired else (1.0, 1.0)
-            d[key] = _refined(d[key], factors, self.mode, [f if factor > 1 else 1.0 for f, factor in zip(fractions, factors[:2])])
+            d[key] = _refined(d[key], factors, self.mode, acquired_fractions(d[key]) if self.from_acquired else (1.0, 1.0))
         return d
 
 
@@ -202,6 +207,18 @@ def slice_width(image: MetaTensor) -> float:
     return thickness / spacing if thickness and abs(spacing - distance) < 0.01 * distance else 0.0
 
 
+def acquired_fractions(image: MetaTensor) -> list[float]:
+    """Fractions of k-space along x and y that the scanner acquired, before it filled the rest with zeros (``meta["acquired_fraction"]``);
+    1 along an axis that is not refined."""
+    known = image.meta.get("acquired_fraction", (1.0, 1.0))
+    return [fraction if factor > 1 else 1.0 for fraction, factor in zip(known, image.meta["factor"][:2])]
+
+
+def acquired_samples(slices: Tensor, fractions: Sequence[float]) -> Tensor:
+    """Slices (n, ..., H, W) as they were acquired, before the scanner filled k-space with zeros, from their acquired fractions."""
+    return slices if min(fractions) == 1 else downsample(slices, [1 / fraction for fraction in fractions], "kspace")
+
+
 def _is_size(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
@@ -229,8 +246,7 @@ def _refined(image: MetaTensor, factors: Sequence[float], mode: str, acquired: S
     from_acquired = [factor / fraction for factor, fraction in zip(factors, acquired)]
 
     def enlarged(part: Tensor) -> Tensor:
-        part = part if min(acquired) == 1 else downsample(part, [1 / fraction for fraction in acquired], "kspace")
-        return enlarge(part, from_acquired, size, mode)
+        return enlarge(acquired_samples(part, acquired), from_acquired, size, mode)
 
     if len(factors) > 2:  # planes along all axes are looked at
         voxels = enlarged(slices).movedim(0, -1).contiguous()

@@ -27,7 +27,6 @@ __all__ = [
     "file_format",
     "in_mm",
     "is_gzip",
-    "is_result",
     "itk_reader",
     "length_unit",
     "named_as_nibabel_wants",
@@ -115,20 +114,13 @@ def _first_bytes(path: str | Path, count: int) -> bytes:
 
 def start_of(file: str | Path, size: int = 352) -> bytes:
     """First bytes of a file, decompressed if it is gzip; empty if it is unreadable."""
+    if not is_gzip(file):
+        return _first_bytes(file, size)
     try:
-        with Path(file).open("rb") as stream:
-            start = stream.read(size)
-        if start[:2] == b"\x1f\x8b":
-            with gzip.open(file) as unzipped:
-                return unzipped.read(size)
-        return start
+        with gzip.open(file) as unzipped:
+            return unzipped.read(size)
     except (OSError, EOFError, zlib.error):
         return b""
-
-
-def is_result(file: str | Path) -> bool:
-    """Whether a NIfTI file was written by :class:`bundle.results.SaveVolumed`."""
-    return RESULT_MARK.encode() in start_of(file)
 
 
 def itk_reader(path: str | Path) -> Any:

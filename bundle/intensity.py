@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
@@ -14,10 +13,9 @@ from monai.transforms import InvertibleTransform, MapTransform
 from scipy import ndimage
 
 from .errors import switch
+from .transforms import add_remarks
 
 __all__ = ["ClipToInputRanged", "ScaleIntensityByPercentiled"]
-
-logger = logging.getLogger(__name__)
 
 OUTLYING = 4.0  # times the 95th percentile of the magnitudes; in 70 ordinary scans the 99.9th was at most 2.5 times the 95th
 OBJECT = 0.01  # fraction of the voxels: what is bright and connected and larger is the anatomy, not a hot spot
@@ -70,10 +68,7 @@ class ScaleIntensityByPercentiled(MapTransform, InvertibleTransform):
             if masked:
                 d[key].as_tensor()[0][background] = 0
             d[key].meta["unit_intensity"], d[key].meta["zero_intensity"] = scale, offset
-            if remarks:
-                d[key].meta["remarks"] = "\n".join(filter(None, [d[key].meta.get("remarks", ""), *remarks]))
-            for remark in remarks:
-                logger.warning("%s: %s", d[key].meta.get("filename_or_obj", "volume"), remark)
+            add_remarks(d[key], remarks)
             if self.clip:
                 d[key] = d[key].clamp(0, 1)
             self.push_transform(d, key, extra_info=extra_info)
@@ -128,27 +123,28 @@ def find_scale(volume: np.ndarray, percentile: float = 99.9) -> Scale:
     nonzero = magnitudes[magnitudes > 0]
     # torch.quantile refuses more than 16 million elements
     scale, bulk = (float(p) for p in np.percentile(nonzero, (percentile, min(95, percentile))))
-    signed = volume[volume != 0] if not offset and volume.min() < -0.2 * scale else np.zeros(1)
-    if float(np.mean(signed < -0.2 * scale)) > BELOW_AIR:
-        if float(np.mean(signed > 0.2 * scale)) > BELOW_AIR and float(np.mean(volume[_shell(volume.shape)] == 0)) > 0.5:
-            lowest = float(np.percentile(signed, 0.1))
-            within = find_scale(np.where(volume == 0, 0, volume - np.float32(lowest)), percentile)
-            remarks.append(
-                f"values above and below the background of 0, as in z-scores: {lowest:.4g} subtracted within it, and added again"
-            )
-            return Scale(lowest, within.scale, remarks, masked=True)
-        remarks.append("many values lie far below that of the air: the network was trained on magnitudes")
-    outlying = scale > OUTLYING * bulk > 0 and len(nonzero) > 1000
-    if outlying and _one_object(magnitudes > OUTLYING * bulk):  # the anatomy in a large field of view
-        scale = float(np.percentile(magnitudes[magnitudes > OUTLYING * bulk], percentile))
-    elif outlying:
-        ordinary = nonzero[nonzero <= OUTLYING * bulk]
-        scale = float(np.percentile(ordinary, percentile))
-        share = 1 - len(ordinary) / len(nonzero)
+    below, above = (0.0, 0.0) if offset else _far_from_zero(volume, 0.2 * scale)
+    if min(below, above) > BELOW_AIR and float(np.mean(volume[_shell(volume.shape)] == 0)) > 0.5:
+        lowest = float(np.percentile(volume[volume != 0], 0.1))
+        inside = find_scale(np.where(volume == 0, 0, volume - np.float32(lowest)), percentile)
         remarks.append(
-            f"hot spots: {share:.2%} of the voxels lie far above the rest, and do not count for the intensity scale of {scale:.4g}"
+            f"values above and below a background of 0, as in z-scores: the lowest, {lowest:.4g}, is subtracted for the network, "
+            "added again to the result"
         )
-        return Scale(offset, scale, remarks)
+        return Scale(lowest, inside.scale, remarks, masked=True)
+    if below > BELOW_AIR:
+        remarks.append("many values lie far below that of the air: the network was trained on magnitudes")
+    if scale > OUTLYING * bulk > 0 and len(nonzero) > 1000:
+        bright = magnitudes > OUTLYING * bulk
+        if not _one_object(bright):
+            ordinary = nonzero[nonzero <= OUTLYING * bulk]
+            scale = float(np.percentile(ordinary, percentile))
+            share = 1 - len(ordinary) / len(nonzero)
+            remarks.append(
+                f"hot spots: {share:.2%} of the voxels lie far above the rest, and do not count for the intensity scale of {scale:.4g}"
+            )
+            return Scale(offset, scale, remarks)
+        scale = float(np.percentile(magnitudes[bright], percentile))  # the anatomy in a large field of view
     head = _head_in_noise(magnitudes, scale)
     if head is not None:
         scale = float(np.percentile(magnitudes[head], percentile))
@@ -173,6 +169,14 @@ def _offset(volume: np.ndarray) -> float:
         if air < -0.05 * (high - low) and air - low < 0.1 * (high - low):
             return air
     return low if low > 0.4 * high > 0 else 0.0
+
+
+def _far_from_zero(volume: np.ndarray, level: float) -> tuple[float, float]:
+    """Fractions of the non-zero voxels below ``-level`` and above ``level``; 0 and 0 if there are none below."""
+    if volume.min() >= -level:
+        return 0.0, 0.0
+    values = volume[volume != 0]
+    return float(np.mean(values < -level)), float(np.mean(values > level))
 
 
 def _restore_background(result: MetaTensor, background: np.ndarray, affine: np.ndarray) -> None:

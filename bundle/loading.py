@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import logging
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from .dicom_volume import load_series
 from .errors import InputError
 from .headers import file_format, in_mm, is_gzip, itk_reader, length_unit, named_as_nibabel_wants, nrrd_field, sidecar
 from .recognition import values_look_like
+from .transforms import add_remarks
 
 __all__ = ["LoadVolumed"]
-
-logger = logging.getLogger(__name__)
 
 
 class LoadVolumed(MapTransform):
@@ -88,9 +86,8 @@ class LoadVolumed(MapTransform):
             remarks.append(_follow_sidecar(image, sidecar(source)))
         image.meta["filename_or_obj"] = str(path)  # for a DICOM folder, readers store one file or a list
         image.meta["intensity_range"] = [float(image.min()), float(image.max())]
-        image.meta["remarks"] = "\n".join(filter(None, remarks))
-        for remark in filter(None, remarks):
-            logger.warning("%s: %s", path, remark)
+        image.meta["remarks"] = ""  # of a DICOM series: they are among these
+        add_remarks(image, list(filter(None, remarks)))
         return image
 
     def _load_file(self, source: Path) -> tuple[MetaTensor, list[str]]:

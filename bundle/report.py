@@ -22,12 +22,13 @@ from torch import Tensor
 
 from .metrics import FOREGROUND
 
-__all__ = ["INDEX_MARK", "MAX_BYTES", "Entry", "Layer", "Row", "html_index", "html_report"]
+__all__ = ["INDEX_MARK", "MAX_BYTES", "PAGE_MARK", "Entry", "Layer", "Row", "html_index", "html_report"]
 
 HERE = Path(__file__).parent
 PAGE, INDEX = (Template((HERE / name).read_text(encoding="utf-8")) for name in ("report.html", "index.html"))
 SCRIPT, STYLE = ((HERE / name).read_text(encoding="utf-8") for name in ("report.js", "report.css"))
 INDEX_MARK = '<meta name="generator" content="brain_mri_super_resolution">'
+PAGE_MARK = "<title>Super-resolution of "  # in every report of a volume
 MAX_BYTES = 8_000_000  # per page
 MAX_VOXELS = 24e6  # per layer: a browser holds all of them, one byte each
 QUALITIES = (90, 75)  # of the JPEGs; below that, the grid becomes coarser

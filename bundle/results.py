@@ -30,12 +30,11 @@ from .conditions import spectral_facts
 from .dicom import is_dicom_volume
 from .errors import switch
 from .figures import Panel, save_panels
-from .files import fingerprint, save_nifti, sha256, write_atomically, write_json
-from .grid import oriented
-from .headers import RESULT_MARK, bids_root, file_format, is_result, sidecar, start_of, strip_extension
+from .files import fingerprint, save_nifti, sha256, write_atomically, write_json, write_text
+from .grid import acquired_fractions, acquired_samples, oriented
+from .headers import RESULT_MARK, bids_root, file_format, sidecar, start_of, strip_extension
 from .ranges import compare, describe, read_ranges
-from .report import INDEX_MARK, Entry, Layer, Row, html_index, html_report
-from .resampling import downsample
+from .report import INDEX_MARK, PAGE_MARK, Entry, Layer, Row, html_index, html_report
 from .transforms import name_of
 from .uncertainty import INTERVAL, NOT_COMPARED, TOO_FAR, Head, Z
 
@@ -56,7 +55,6 @@ BIDS_README = """# Super-resolved MRI
 `brain_mri_super_resolution` {version} made these volumes. Each `*_desc-sr_*.nii.gz` is a scan on a finer grid; its `.json` file names the
 source, the settings and the warnings. The detail that the network adds is an estimate, not a measurement. Not for diagnosis.
 """
-PAGE_MARK = b"<title>Super-resolution of "  # in every HTML report
 DICOM_ENDING = "_sr_dicom"  # of the folder of a series
 MAP_ENDING = "_sd.nii.gz"  # of an uncertainty map
 DESCRIPTION = "standard deviation of the error of a super-resolved volume"
@@ -140,15 +138,15 @@ class Results:
         return self.output_dir / path.relative_to(os.path.abspath(self.root)).parent / (name + ending)
 
     def is_own(self, volume: str | Path, ending: str) -> bool:
-        """Whether this program wrote a result file. A file that cannot be read counts as one that was damaged, and a picture as that of the
-        report beside it."""
+        """Whether this program wrote a result file: a volume, a map, a page or a report. One that cannot be read counts as damaged."""
         path = self.path(volume, ending)
         if ending in ("_sr.nii.gz", MAP_ENDING):
-            return is_result(path) or not start_of(path)
+            start = start_of(path)
+            return not start or RESULT_MARK.encode() in start
         if ending == "_sr.html":
-            return PAGE_MARK in start_of(path, 2048)
+            return PAGE_MARK.encode() in start_of(path, 2048)
         try:
-            content = json.loads(self.path(volume, "_sr.json").read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return True
         return not isinstance(content, dict) or "settings" in content
@@ -156,7 +154,8 @@ class Results:
     def in_the_way(self, volume: str | Path) -> Path | None:
         """A file with the name of a result of a volume that this program did not write, if there is one."""
         endings = ("_sr.nii.gz", "_sr.json", *["_sr.html"] * self.report, *[MAP_ENDING] * (self.head is not None))
-        return next((self.path(volume, e) for e in endings if self.path(volume, e).exists() and not self.is_own(volume, e)), None)
+        foreign = (ending for ending in endings if self.path(volume, ending).exists() and not self.is_own(volume, ending))
+        return next((self.path(volume, ending) for ending in foreign), None)
 
     def remove(self, volume: str | Path, ending: str) -> None:
         """Remove a result file of an earlier run, but no file that this program did not write."""
@@ -183,7 +182,7 @@ class Results:
             if self.raw is not None:
                 description["DatasetLinks"] = {"raw": Path(os.path.relpath(self.raw, self.output_dir)).as_posix()}
             for name, text in (("README.md", BIDS_README.format(version=version())), (".bidsignore", BIDS_IGNORED)):
-                write_atomically(self.output_dir / name, partial(Path.write_text, data=text, encoding="utf-8"))
+                write_text(self.output_dir / name, text)
             write_json(self.output_dir / "dataset_description.json", description)
         source = sidecar(volume)
         facts: dict[str, Any] = {key: source[key] for key in ACQUISITION if source.get(key) is not None}
@@ -222,7 +221,7 @@ class Results:
         root = os.path.join(self.root, "")
         others = [line.replace(root, "") for line in (*getattr(self.volumes, "passed_over", ()), *passed_over)]
         text = html_index(title, entries, reasons, others)
-        write_atomically(index, lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"))
+        write_text(index, text)
 
     def name(self, volume: str) -> str:
         """Name of a volume in reports: its path relative to ``dataset_dir``."""
@@ -269,9 +268,7 @@ def _shared_path(dataset_dir: Any, volumes: Sequence[str]) -> str:
     if len(given) > 1:
         searched = [_before_wildcards(os.path.abspath(path)) for path in given]
         return os.path.commonpath([p if os.path.isdir(p) and p not in taken else os.path.dirname(p) for p in searched])
-    if not os.path.lexists(single) and glob.has_magic(single):
-        return _before_wildcards(single)
-    return os.path.dirname(single) if single in taken else single
+    return os.path.dirname(single) if single in taken else _before_wildcards(single)
 
 
 def _before_wildcards(path: str) -> str:
@@ -341,17 +338,20 @@ class Consistencyd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         meta = data[self.keys[0]].meta
-        given, factors = meta["factor"], [float(f) for f in meta.get("acquired_factor", meta["factor"])]
+        factors = [float(f) for f in meta.get("acquired_factor", meta["factor"])]
         before = torch.as_tensor(data[self.input_key])[0].float().cpu().movedim(-1, 0).contiguous()  # its slices are read one by one
-        if factors[:2] != [float(f) for f in given[:2]]:
-            before = downsample(before, [factor / f for factor, f in zip(factors, given[:2])], "kspace")
+        before = acquired_samples(before, [float(f) / factor for f, factor in zip(meta["factor"][:2], factors)])
+        # the finer grid may end before the last acquired sample
+        rows, columns = (Sampling(factor).count(side) for factor, side in zip(factors, data[self.keys[0]].shape[1:3]))
+        before = before[:, :rows, :columns]
         # exclude hot spots and their surroundings, which would dominate the error
         ordinary = torch.ones_like(before, dtype=torch.bool)
         if max(float(before.max()), -float(before.min())) > HOT:
             away = torch.nn.functional.max_pool2d(before.abs(), 11, 1, 5) <= HOT
             ordinary = away if away.any() else ordinary
-
-        coverage = [1.0, 1.0]
+        recognized = data[self.keys[-1]].meta.get("recognized")
+        truncated = recognized is not None and recognized["profile"] == "kspace"
+        coverage = [round(acquired_fraction(before, axis), 3) if truncated else 1.0 for axis in (1, 2)]
 
         def error(key: Hashable, kind: Sampling, slices: Sequence[int]) -> float:
             volume = data[key].as_tensor()[0]
@@ -360,16 +360,11 @@ class Consistencyd(MapTransform):
                 kind = Sampling(profile=kind.profile)  # the width is that of the slices
             axes = [replace(kind, factor=f, coverage=part) if f > 1 else Sampling() for f, part in zip(factors, coverage)]
             again = (filtered(sampled(volume[..., n].float().cpu(), axes), axes) for n in slices)
-            # the finer grid may end before the last acquired sample
-            parts = ((n, measured, tuple(map(slice, measured.shape))) for n, measured in zip(slices, again))
-            squares = ((measured - before[n][part]).square()[ordinary[n][part]] for n, measured, part in parts)
+            squares = ((measured - before[n]).square()[ordinary[n]] for n, measured in zip(slices, again))
             return sum(float(s.sum()) for s in squares) / max(sum(int(ordinary[n].sum()) for n in slices), 1)
 
-        recognized = data[self.keys[-1]].meta.get("recognized")
         if recognized is not None:
             fitting = Sampling(1, recognized["profile"], recognized["width"], window=recognized["window"])
-            if fitting.profile == "kspace":
-                coverage = [round(acquired_fraction(before, axis), 3) for axis in (1, 2)]
         else:
             if len(factors) == 2:
                 kinds = [Sampling(1, profile) for profile in ("kspace", "bicubic", "gaussian", "box")]
@@ -516,7 +511,7 @@ class SaveHtmlReportd(MapTransform):
             rows.insert(3, Row(f"Uncertainty, {100 * INTERVAL:g} % interval", interval))
         title, unit = self.results.name(volume), float(before.meta["unit_intensity"])
         page = html_report(title, layers, unit, rows, [*report["warnings"], *not_compared])
-        self.results.write(volume, "_sr.html", lambda part: part.write_text(page, encoding="utf-8", errors="backslashreplace"))
+        write_text(self.results.path(volume, "_sr.html"), page)
         return data
 
 
@@ -558,13 +553,12 @@ class SaveReportd(MapTransform):
 
 def _of_acquired_samples(image: MetaTensor) -> dict[str, float]:
     """Factors and noise as the network sees them, if the scanner zero-filled k-space along an axis that is refined; otherwise empty."""
-    factors = [float(f) for f in image.meta["factor"][:2]]
-    fractions = [fraction if factor > 1 else 1.0 for fraction, factor in zip(image.meta["acquired_fraction"], factors)]
+    fractions = acquired_fractions(image)
     if min(fractions) == 1:
         return {}
-    samples = downsample(image.as_tensor()[0].movedim(-1, 0).float(), [1 / fraction for fraction in fractions], "kspace")
-    of_axes = {f"factor_{axis}": factor / fraction for axis, factor, fraction in zip("xy", factors, fractions)}
-    return {**of_axes, "noise": spectral_facts(samples)[0]}
+    samples = acquired_samples(image.as_tensor()[0].movedim(-1, 0).float(), fractions)
+    factors = {f"factor_{axis}": float(f) / fraction for axis, f, fraction in zip("xy", image.meta["factor"], fractions)}
+    return {**factors, "noise": spectral_facts(samples)[0]}
 
 
 def _thin(image: MetaTensor) -> list[bool]:

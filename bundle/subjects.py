@@ -16,7 +16,7 @@ from .arguments import paths
 from .dicom import Slice, find_dicom, find_series, is_dicom, passed_over, volumes_in
 from .dicom_volume import are_copies, make_one_stack
 from .errors import InputError
-from .headers import companions, file_format, is_result, start_of
+from .headers import RESULT_MARK, companions, file_format, start_of
 from .recognition import looks_like
 
 __all__ = ["by_subject", "find_volumes", "split_subjects"]
@@ -242,8 +242,8 @@ def _holds_nifti(file: Path) -> bool:
 
 
 def _is_result(file: Path) -> bool:
-    """Whether a file was written by :class:`bundle.results.SaveVolumed`."""
-    return bool(re.search(OURS + r"\.nii\.gz$", file.name)) and is_result(file)
+    """Whether a file was written by :class:`bundle.results.SaveVolumed`; one with another name is not opened."""
+    return bool(re.search(OURS + r"\.nii\.gz$", file.name)) and RESULT_MARK.encode() in start_of(file)
 
 
 def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str, subject_pattern: str | None = None) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,14 @@ from monai.transforms import MapTransform, SpatialCrop
 from .errors import InputError
 from .resampling import Factor, check_factor, degrade, degrade_slices
 
+logger = logging.getLogger(__name__)
+
 __all__ = [
     "AxialSlicesd",
     "CropInPlaned",
     "Degraded",
     "ThickSlicesd",
+    "add_remarks",
     "name_of",
 ]
 
@@ -162,6 +166,13 @@ def slice_factor(image: MetaTensor, thickness: float) -> float:
 def name_of(image: MetaTensor) -> str:
     """File that a volume was loaded from."""
     return str(image.meta.get("filename_or_obj", "volume"))
+
+
+def add_remarks(image: MetaTensor, remarks: Sequence[str]) -> None:
+    """Log remarks on a volume, one line each, and add them to ``meta["remarks"]``."""
+    image.meta["remarks"] = "\n".join(filter(None, [image.meta.get("remarks", ""), *remarks]))
+    for remark in remarks:
+        logger.warning("%s: %s", name_of(image), remark)
 
 
 def _crop(image: MetaTensor, start: Sequence[int], end: Sequence[int]) -> MetaTensor:

@@ -241,7 +241,7 @@ def test_the_recognized_acquisition_overrides_the_one_that_fits(factors, samplin
 
 
 def test_consistency_of_a_zero_filled_scan_is_that_of_its_acquired_samples():
-    """The scanner interpolated 20 acquired samples to 31 and 30 to 45; then the truth is refined by 1.6 and 2."""
+    """The scanner interpolated 26 acquired samples to 38 and 32 to 48; the grid of the truth is 1.67 and 2 times finer."""
     head = torch.from_numpy(toy.head((64, 96, 6))).float() / 1000
     truth = head + 0.05 * torch.rand(head.shape, generator=torch.Generator().manual_seed(0))
     kind = {"text": "", "profile": "gaussian", "width": 1.2, "window": "none"}

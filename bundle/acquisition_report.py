@@ -35,7 +35,7 @@ STEP = 1 / 1000  # between stored values, because files store whole numbers
 IN_PLANE: dict[str, tuple[str, float, float]] = {
     "bicubic (the paper's)": ("bicubic", 1, 0),
     "Gaussian point spread": ("gaussian", 1, 0),
-    "means of pixels": ("box", 1, 0),
+    "box (means of pixels)": ("box", 1, 0),
     "k-space truncation": ("kspace", 1, 0),
     "k-space, 1 % noise": ("kspace", 1, 0.01),
     "k-space, 2 % noise": ("kspace", 1, 0.02),
@@ -61,7 +61,7 @@ def measure_acquisitions(
     facts: bool = True,
     interpolation: str = "spline",
     slices: int = 12,
-    tell_noise: bool = False,
+    tell_noise: bool | str = False,
     recognition: Recognition | None = None,
     precision: str = "float32",
     device: torch.device | None = None,
@@ -103,7 +103,7 @@ def measure_acquisitions(
         (:func:`bundle.metrics.head_of`).
     """
     network.eval()
-    calibrate = switch("calibrate", calibrate)
+    calibrate, tell_noise = switch("calibrate", calibrate), switch("tell_noise", tell_noise)
     options: dict[str, Any] = {"positions": positions, "facts": facts, "precision": precision, "sw_batch_size": 4}
 
     def apply(volume: Tensor, meta: dict, noise: float, orthogonal: bool = False) -> Tensor:

@@ -1,10 +1,13 @@
-"""Paths and devices from the command line, where Python Fire turns ``--dataset_dir 2024_01_15`` into a number."""
+"""Options from the command line, where Python Fire turns ``--dataset_dir 2024_01_15`` into a number, and MONAI ``#`` into ``::``."""
 
 from __future__ import annotations
 
 import difflib
+import glob
 import inspect
 import json
+import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -18,27 +21,45 @@ from monai.bundle import run as bundle_run
 
 from .errors import InputError
 
-__all__ = ["as_typed", "check_options", "check_output_dir", "device", "paths"]
+__all__ = ["as_typed", "check_options", "check_output_dir", "check_processes", "device", "paths", "share"]
+
+# the smallest value of options that are whole numbers
+WHOLE = {
+    **dict.fromkeys(("patch_size", "batch_size", "max_epochs", "val_interval", "patches_per_volume", "slices_per_volume"), 1),
+    **dict.fromkeys(("patches_per_slice", "evaluated_slices"), 1),
+    **dict.fromkeys(("warmup_iterations", "seed", "num_workers"), 0),
+}
+# the smallest and the largest value of options that are numbers
+NUMBERS = {
+    **dict.fromkeys(("weight_decay", "tv_weight", "largest_noise", "slice_gap"), (0.0, math.inf)),
+    **dict.fromkeys(("usual_fraction", "thick_fraction", "average_decay"), (0.0, 1.0)),
+    **dict.fromkeys(("learning_rate", "largest_gradient"), (math.ulp(0.0), math.inf)),
+}
+# the smallest value in options that are lists of numbers
+LISTS = {"evaluated_factors": 1.0, "evaluated_thicknesses": 0.1, "thicknesses": 0.1, "lr_milestones": 1.0}
+# options that must be typed as Python has them, and those that may be typed in any case
+PYTHON_SWITCHES = ("positions", "facts", "distributed")
+SWITCHES = ("load_weights", "tell_noise")
 
 
 def as_typed(name: str) -> list[str]:
-    """The words typed after ``--name`` on the command line; empty if the option is missing."""
-    words = sys.argv[1:]
+    """The words typed after the last ``--name`` on the command line; empty if the option is missing."""
+    words, typed = sys.argv[1:], []
     for i, word in enumerate(words):
         if word == f"--{name}":
             rest = words[i + 1 :]
             end = next((n for n, other in enumerate(rest) if other.startswith("--")), len(rest))
-            return rest[:end]
-        if word.startswith(f"--{name}="):
-            return [word.partition("=")[2]]
-    return []
+            typed = rest[:end]
+        elif word.startswith(f"--{name}="):
+            typed = [word.partition("=")[2]]
+    return typed
 
 
 def paths(value: Any, name: str = "dataset_dir") -> list[str]:
     """The list of paths in an option's value.
 
-    Fire turns a name like ``1.10``, ``12,13`` or ``None`` into a number, a tuple or ``None``. The typed name is used if a file or folder
-    has that name.
+    Fire turns a name like ``1.10``, ``12,13`` or ``None`` into a number, a tuple or ``None``, and takes what follows a ``#`` for a comment.
+    MONAI turns ``#`` into ``::``. The typed name is used if a file or folder has that name, or if it contains a ``#``.
 
     Args:
         value: a path, a sequence of paths, or what Fire made of them.
@@ -50,14 +71,14 @@ def paths(value: Any, name: str = "dataset_dir") -> list[str]:
     typed = as_typed(name)
     if len(typed) > 1:  # the shell replaced a pattern by file names
         return typed
-    if typed and typed[0] != value and Path(typed[0]).exists():
+    if typed and typed[0] != value and (Path(typed[0]).exists() or ("#" in typed[0] and typed[0][0] not in "[(")):
         return typed
     if str(value) == "":
         raise InputError(f"{name} is empty: give a path, a pattern or a list of them")
     if isinstance(value, (str, Path)) and not (typed and typed[0] == "None"):
-        return [str(value)]
+        return [_with_hash(str(value))]
     if isinstance(value, Sequence) and not isinstance(value, str) and value and all(isinstance(v, (str, Path)) for v in value):
-        return [str(v) for v in value]
+        return [_with_hash(str(v)) for v in value]
     if typed:
         raise _misread(name, typed[0])
     if type(value) in (int, float):
@@ -65,11 +86,17 @@ def paths(value: Any, name: str = "dataset_dir") -> list[str]:
     raise InputError(f"{name} must be a path, a pattern or a list of them, got {value!r}")
 
 
+def _with_hash(path: str) -> str:
+    """A path with ``#`` where MONAI has put ``::``, unless there is a file with the latter."""
+    return path if os.path.lexists(path) or glob.glob(path) else path.replace("::", "#")
+
+
 def check_options() -> None:
-    """Refuse an option of ``python -m monai.bundle run`` that no config knows: MONAI would ignore a name that is mistyped.
+    """Refuse an option of ``python -m monai.bundle run`` that no config knows, because MONAI would ignore a name that is mistyped, and a
+    number outside the range that makes sense.
 
     Raises:
-        InputError: the message names the option, and similar ones.
+        InputError: the message names the option, and similar ones or the range.
     """
     program, *words = sys.argv
     if Path(program).parts[-2:] != ("bundle", "__main__.py") or words[:1] != ["run"] or not as_typed("config_file"):
@@ -84,15 +111,43 @@ def check_options() -> None:
         if word.startswith("--") and name not in known and not name.startswith("_"):
             near = difflib.get_close_matches(name, known, 3)
             raise InputError(f"there is no option --{name}" + (f"; similar: {', '.join(f'--{n}' for n in near)}" if near else ""))
+    for name in (*WHOLE, *NUMBERS, *LISTS, *SWITCHES, *PYTHON_SWITCHES):
+        typed = as_typed(name)
+        if typed:
+            _check_value(name, typed[0])
+
+
+def _check_value(name: str, word: str) -> None:
+    value = DefaultParseValue(word)
+    if name in WHOLE:
+        fits, what = type(value) is int and value >= WHOLE[name], f"a whole number from {WHOLE[name]}"
+    elif name in NUMBERS:
+        low, high = NUMBERS[name]
+        fits, what = type(value) in (int, float) and low <= value <= high, "a number above 0" if 0 < low < 1e-300 else "a number from 0"
+        what += f" to {high:g}" if high < math.inf else ""
+    elif name in LISTS:
+        low = LISTS[name]
+        fits = isinstance(value, (list, tuple)) and all(type(v) in (int, float) and v >= low for v in value)
+        what = f"a list of numbers from {low:g}"
+    elif name in SWITCHES:
+        fits, what = word.lower() in ("true", "false"), "true or false"
+    else:
+        fits, what = word in ("True", "False"), "True or False"
+    if not fits and value is not None and not str(value).startswith(("@", "$", "%")):
+        raise InputError(f"{name} must be {what}, got {word!r}")
 
 
 def check_output_dir(value: Any) -> None:
-    """Refuse an output folder whose name Fire did not read as text.
+    """Refuse an output folder whose name is empty, or was not read as it was typed.
 
     Raises:
         InputError: the message says what to type.
     """
     typed = as_typed("output_dir")
+    if str(value) == "" or (typed and typed[0] == ""):
+        raise InputError("output_dir is empty: give a folder")
+    if "::" in str(value) or (typed and "#" in typed[0]):
+        raise InputError(f"output_dir {typed[0] if typed else value}: MONAI cannot write to a path with '#' or '::': choose another folder")
     if typed and (not isinstance(value, (str, Path)) or typed[0] == "None"):
         raise _misread("output_dir", typed[0])
     if not isinstance(value, (str, Path)):
@@ -122,6 +177,28 @@ def device(name: str | torch.device) -> torch.device:
         except Exception as e:
             raise InputError(f"device {name}: not available here; use --device cpu") from e
     return chosen
+
+
+def check_processes() -> None:
+    """Refuse to start several processes without ``torchrun``.
+
+    Raises:
+        InputError: the message says what to type.
+    """
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+        raise InputError("configs/multi_gpu_*.json need several processes: start with torchrun --nproc_per_node=2 -m monai.bundle run ...")
+
+
+def share(batch_size: int) -> int:
+    """The part of a batch that one of several processes takes.
+
+    Raises:
+        InputError: if it is not a whole number.
+    """
+    processes = int(os.environ["WORLD_SIZE"])
+    if batch_size % processes:
+        raise InputError(f"batch_size {batch_size} cannot be divided among {processes} processes")
+    return batch_size // processes
 
 
 def _misread(name: str, word: str) -> InputError:

@@ -69,7 +69,8 @@ class Checkpoints:
         evaluator: validation engine, whose best metric selects ``model.pt``; ``None`` without validation.
         resume: whether to continue from ``last.pt`` if it exists.
         settings: of the training, stored in ``last.pt``; a run with different settings cannot be resumed.
-        average: moving average of the weights (:class:`torch.optim.swa_utils.AveragedModel`), updated at each step, saved as ``model.pt``.
+        average: moving average of the weights (:class:`torch.optim.swa_utils.AveragedModel`), updated at each step and saved as
+            ``model.pt``; the evaluator must validate it.
     """
 
     def __init__(
@@ -105,7 +106,11 @@ class Checkpoints:
             InputError: if ``last.pt`` is damaged, belongs to another network or was made with other settings, or if a new run would
                 overwrite it.
         """
-        if trainer.state.iteration or not self.last.exists():  # a later run of one trainer is a round of federated learning
+        if trainer.state.iteration:  # a later run of one trainer is a round of federated learning
+            return
+        if not self.last.exists():
+            if self.best.exists() and not self.resume:
+                raise InputError(f"{self.best} holds the weights of another training, which would be lost: choose another folder")
             return
         if not self.resume:
             raise InputError(f"{self.last} is the checkpoint of an earlier run: continue it with '--resume true', or choose another folder")

@@ -72,9 +72,10 @@ class PatchDataset(Dataset):
         degradation: makes each input patch from its target (:class:`RandomFactor`); ``None`` uses the
             ``"image"`` of the volumes.
         positions: whether ``"image"`` also has the positions (:func:`bundle.conditions.positions`) of a ``degradation``: (7, size, size).
+        facts: whether the network receives facts about the scan, which these patches do not have.
 
     Raises:
-        InputError: if a volume is smaller than a patch.
+        InputError: if ``facts`` is set, or a volume is smaller than a patch.
     """
 
     def __init__(
@@ -88,7 +89,10 @@ class PatchDataset(Dataset):
         seed: int = 0,
         degradation: RandomFactor | None = None,
         positions: bool = False,
+        facts: bool = False,
     ) -> None:
+        if facts:
+            raise InputError("the general networks learn from random acquisitions: add configs/random_acquisitions.json")
         self.pairs = []
         for volume in volumes:
             pair = [torch.as_tensor(volume[key])[0] for key in (("image", "label") if degradation is None else ("label",))]

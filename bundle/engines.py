@@ -88,7 +88,7 @@ class VolumeInference(SupervisedEvaluator):
         self.failures = sorted(failure for share in shares for failure in share[0])
         done_before, total = (sum(share[n] for share in shares) for n in (1, 3))
         passed = [line for share in shares for line in share[2]]
-        text = (f", {done_before} of them before" if done_before else "") + (f", {len(passed)} passed over" if passed else "")
+        text = (f", {done_before} of them before" if done_before else "") + (f", {len(passed)} skipped" if passed else "")
         logger.info(
             "%d of %d volumes done%s, results in %s", total - len(self.failures) - len(passed), total, text, self.results.output_dir
         )
@@ -109,7 +109,7 @@ class VolumeInference(SupervisedEvaluator):
         item = batchdata.pop()  # the engine keeps the list, which would keep the volume in memory
         if "passed_over" in item:
             self.passed_over.append(item["passed_over"])
-            logger.warning("passed over: %s", item["passed_over"])
+            logger.warning("skipped: %s", item["passed_over"])
             return {}
         if "done" in item:
             self.done_before += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -66,8 +67,11 @@ def check_overlays(**chosen: Mapping[str, bool]) -> None:
 
 
 def report_in_one_line() -> None:
-    """End the program with one line instead of a traceback if an :class:`InputError` is the cause."""
+    """End the program with one line instead of a traceback if an :class:`InputError` is the cause. MONAI's engines would also log the
+    traceback."""
     sys.excepthook = _excepthook
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_no_traceback)
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -75,6 +79,12 @@ def _excepthook(kind: type[BaseException], error: BaseException, traceback: Trac
         sys.__excepthook__(kind, error, traceback)
     else:
         sys.stderr.write(f"error: {reason(error)}\n")
+
+
+def _no_traceback(record: logging.LogRecord) -> bool:
+    """Whether a record does not repeat an :class:`InputError` with its traceback."""
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or _input_error(error) is None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -14,6 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch.utils.data import Dataset, Sampler
 
+from .errors import InputError
 from .figures import Panel, save_panels
 from .files import write_atomically, write_json, write_text
 from .metrics import has_foreground, psnr, ssim, volume_psnr, volume_ssim
@@ -147,6 +148,8 @@ class ThickSlicesReport:
         """Measure the volumes of one iteration, and write the report so far."""
         for item in engine.state.output:  # type: ignore[union-attr]  # a list after decollation
             truth, network = (item[key].as_tensor().detach().cpu() for key in ("label", "pred"))
+            if "thickness" not in item["image"].meta:
+                raise InputError("configs/evaluate_thick_slices.json needs configs/thick_slices.json, which makes the slices thick")
             thickness = float(item["image"].meta["thickness"])
             factor = slice_factor(item["label"], thickness)
             thick = acquire_slices(truth, factor, self.profile, self.gap)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .errors import InputError
+
 __all__ = ["LaplaceLoss", "PSNRLoss", "PixelTVLoss", "total_variation"]
 
 TV_FORMS = ("isotropic", "squared", "anisotropic")
@@ -23,17 +25,17 @@ class PixelTVLoss(nn.Module):
         peak: value of intensity 1 in the loss: 255 (8-bit levels, as in the paper's PSNR) or 1.
 
     Raises:
-        ValueError: for a negative ``tv_weight``, an unknown ``tv_form`` or a ``peak`` that is not positive.
+        InputError: for a negative ``tv_weight``, an unknown ``tv_form`` or a ``peak`` that is not positive.
     """
 
     def __init__(self, tv_weight: float = 0.1, tv_form: str = "isotropic", peak: float = 255.0) -> None:
         super().__init__()
         if tv_weight < 0:
-            raise ValueError(f"tv_weight must not be negative, got {tv_weight}")
+            raise InputError(f"tv_weight must not be negative, got {tv_weight}")
         if tv_form not in TV_FORMS:
-            raise ValueError(f"tv_form must be one of {TV_FORMS}, got {tv_form!r}")
+            raise InputError(f"tv_form must be {', '.join(TV_FORMS[:-1])} or {TV_FORMS[-1]}, got {tv_form!r}")
         if peak <= 0:
-            raise ValueError(f"peak must be positive, got {peak}")
+            raise InputError(f"peak must be positive, got {peak}")
         self.tv_weight, self.tv_form, self.peak = tv_weight, tv_form, peak
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:

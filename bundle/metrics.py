@@ -11,6 +11,8 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 from torch.nn import functional as F
 
+from .errors import InputError
+
 __all__ = ["SliceMetric", "has_foreground", "head_of", "psnr", "ssim", "volume_psnr", "volume_ssim"]
 
 FOREGROUND = 0.05  # intensity above which a pixel of the truth counts as foreground
@@ -49,7 +51,7 @@ def ssim(prediction: Tensor, target: Tensor, foreground: bool = False) -> Tensor
         (N,); NaN for a slice without foreground.
     """
     if min(target.shape[-2:]) < 11:
-        raise ValueError(f"SSIM needs slices of 11 x 11 pixels or more, got {target.shape[-2]} x {target.shape[-1]}")
+        raise InputError(f"SSIM needs slices of 11 x 11 pixels or more, got {target.shape[-2]} x {target.shape[-1]}")
     similarity, _ = compute_ssim_and_cs(prediction, target, 2, kernel_size=(11, 11), kernel_sigma=(1.5, 1.5))
     return _mean(similarity, target[..., 5:-5, 5:-5], foreground)
 
@@ -79,7 +81,7 @@ def volume_psnr(prediction: Tensor, target: Tensor, foreground: bool = False) ->
 def volume_ssim(prediction: Tensor, target: Tensor) -> float:
     """Structural similarity of volumes (1, X, Y, Z) with a window of 11x11x11 voxels; otherwise as :func:`ssim`."""
     if min(target.shape[1:]) < 11:
-        raise ValueError(f"SSIM needs volumes of 11 voxels or more along each axis, got {tuple(target.shape[1:])}")
+        raise InputError(f"SSIM needs volumes of 11 voxels or more along each axis, got {tuple(target.shape[1:])}")
 
     x, y = (volume[0].double().numpy() for volume in (prediction, target))
     return float(structural_similarity(x, y, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))

@@ -24,6 +24,9 @@ def layerwise_parameters(network: nn.Module, lr: float, reference_fan_in: int = 
 
     Returns:
         groups for ``torch.optim`` optimizers, highest rate first.
+
+    Raises:
+        InputError: for a network without weights.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()  # two modules may share a weight
@@ -32,6 +35,8 @@ def layerwise_parameters(network: nn.Module, lr: float, reference_fan_in: int = 
         if parameters:
             seen.update(parameters)
             groups.setdefault(lr * min(1.0, reference_fan_in / _fan_in(module)), []).extend(parameters)
+    if not groups:
+        raise InputError(f"{type(network).__name__} has no weights to train")
     return [{"params": groups[rate], "lr": rate} for rate in sorted(groups, reverse=True)]
 
 

@@ -307,9 +307,14 @@ class MeasuredSlices(Dataset):
 
     Args:
         patches: its volumes, contrasts, lesions, acquisitions and seed are used, but not its patches.
+
+    Raises:
+        InputError: for patches without random acquisitions.
     """
 
     def __init__(self, patches: AcquiredPatches) -> None:
+        if not isinstance(patches, AcquiredPatches):
+            raise InputError("the classifier learns from random acquisitions: add configs/random_acquisitions.json")
         self.patches = patches
 
     def __len__(self) -> int:

@@ -105,7 +105,7 @@ def acquire_slices(image: Tensor, factor: float, profile: str = "gaussian", gap:
     """
     check_factor(factor)
     if profile not in PROFILES:
-        raise ValueError(f"profile must be one of {PROFILES}, got {profile!r}")
+        raise InputError(f"profile must be one of {PROFILES}, got {profile!r}")
     if not 0 <= gap < 1:
         raise InputError(f"gap must be in [0, 1), got {gap!r}")
     number = max(1, math.ceil(image.shape[-1] / factor - PIXEL_FRACTION))
@@ -161,7 +161,7 @@ def check_factor(factor: Factor) -> tuple[float, float]:
 
 def _check_mode(mode: str, known: tuple[str, ...]) -> None:
     if mode not in known:
-        raise ValueError(f"mode must be one of {known}, got {mode!r}")
+        raise InputError(f"mode must be one of {known}, got {mode!r}")
 
 
 def _pad_end(image: Tensor, rows: int, columns: int) -> Tensor:

@@ -86,13 +86,13 @@ def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> Volum
                 passed.append(f"{volume}: the same {'file' if os.path.isfile(identity) else 'series'} as {first}")
     passed += [f"{number} more slices of the series of {volume}" for volume, number in slices.items()]
     for line in passed:
-        logger.warning("passed over: %s", line)
+        logger.warning("skipped: %s", line)
     if not found:
         formats = "NIfTI, Analyze, FreeSurfer, MetaImage, NRRD, DICOM" if pattern is None else ", ".join(_patterns(pattern))
-        but = f"; {len(passed)} files passed over, the first: {passed[0]}" if passed else ""
+        but = f"; {len(passed)} files skipped, the first: {passed[0]}" if passed else ""
         raise InputError(f"{', '.join(given)}: holds no volume ({formats}){but}")
     if passed:
-        logger.warning("%d volumes to do, %d files passed over", len(found), len(passed))
+        logger.warning("%d volumes to do, %d files skipped", len(found), len(passed))
     volumes = Volumes(sorted(found.values()))
     volumes.passed_over = passed
     return volumes
@@ -263,13 +263,15 @@ def split_subjects(volumes: Sequence[str], split: Sequence[float], part: str, su
         InputError: if there are fewer subjects than the split needs, or a part would be empty.
     """
     parts = ("train", "validation", "test")
-    if part not in parts or len(split) != 3 or min(split) < 0:
-        raise ValueError(f"one of {parts} and three numbers expected, got {part!r} and {split}")
+    if part not in parts:
+        raise ValueError(f"part must be one of {parts}, got {part!r}")
+    if not isinstance(split, Sequence) or len(split) != 3 or not all(type(n) in (int, float) and n >= 0 for n in split):
+        raise InputError(f"split must be three numbers of subjects, or three fractions that add up to 1, got {split!r}")
     subjects = by_subject(volumes, subject_pattern)
     if all(float(n).is_integer() for n in split):
         counts = [int(n) for n in split]
     elif not math.isclose(sum(split), 1):
-        raise ValueError(f"split must be numbers of subjects, or fractions that add up to 1, got {list(split)}")
+        raise InputError(f"split must be three numbers of subjects, or three fractions that add up to 1, got {list(split)}")
     else:
         validation, test = (max(1, round(len(subjects) * fraction)) for fraction in split[1:])
         counts = [len(subjects) - validation - test, validation, test]

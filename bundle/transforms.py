@@ -73,13 +73,13 @@ class CropInPlaned(MapTransform):
         size: window along X and Y, in voxels; ``None`` keeps the volume.
 
     Raises:
-        InputError: when called on a volume smaller than the window.
+        InputError: if ``size`` is not two positive whole numbers; when called on a volume smaller than the window.
     """
 
     def __init__(self, keys: KeysCollection, size: Sequence[int] | None = None) -> None:
         super().__init__(keys)
-        if size is not None and (len(size) != 2 or min(size) < 1):
-            raise ValueError(f"size must be two positive numbers, got {size}")
+        if size is not None and (not isinstance(size, Sequence) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size)):
+            raise InputError(f"crop_size must be two positive whole numbers, got {size!r}")
         self.size = size
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:

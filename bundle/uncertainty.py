@@ -230,7 +230,7 @@ def markdown(table: Mapping[str, Mapping[str, float]]) -> str:
     """The table of :func:`quality`."""
     lines = [
         "| low resolution | volumes | coverage of the 90 % interval: mean (smallest to largest) | rank correlation with the error: voxels "
-        "| neighbours' true errors | regions | width of a constant interval | the map against it | neighbours' true errors |",
+        "| its upper bound | regions | width of a constant interval | width of the map against it | its lower bound |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row, q in table.items():

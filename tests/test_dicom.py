@@ -120,7 +120,7 @@ class TestFinding:
         folder = toy_dicom.add_screenshot(toy.write_dicom(tmp_path / "series"))
         for path in folder.glob("slice*"):
             path.unlink()
-        with pytest.raises(InputError, match=r"holds no volume .*; 1 files passed over, the first: .*screenshot\.dcm \(Secondary"):
+        with pytest.raises(InputError, match=r"holds no volume .*; 1 files skipped, the first: .*screenshot\.dcm \(Secondary"):
             find_volumes(folder)
         with pytest.raises(InputError, match=r"screenshot\.dcm: no slice of a scan \(Secondary Capture Image Storage: a screenshot"):
             load(folder / "screenshot.dcm")
@@ -134,7 +134,7 @@ class TestFinding:
         assert find_volumes([str(folder), first]) == [str(folder)]
         caplog.clear()
         find_volumes(f"{folder}/*.dcm")
-        assert f"passed over: 5 more slices of the series of {first}" in [record.getMessage() for record in caplog.records]
+        assert f"skipped: 5 more slices of the series of {first}" in [record.getMessage() for record in caplog.records]
 
     def test_series_filed_in_parts_is_not_taken_for_several(self, tmp_path, caplog):
         folder = toy.write_dicom(tmp_path / "all" / "a")
@@ -158,7 +158,7 @@ class TestFinding:
         toy_dicom.edit(lambda ds, number: setattr(ds, "PixelData", (ds.pixel_array * (number > 1)).tobytes()), masked)
         assert find_volumes(tmp_path) == sorted(str(path) for path in (t1, other / other_uid, masked))
         for copy in (again, part, other / uid):
-            assert f"passed over: {copy}: a copy of slices in {t1}" in caplog.text
+            assert f"skipped: {copy}: a copy of slices in {t1}" in caplog.text
         assert find_volumes([str(t1), str(part)]) == [str(part), str(t1)]  # named by the user
 
     def test_changed_neighbour_changes_the_series_of_a_slice(self, tmp_path):

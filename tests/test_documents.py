@@ -60,7 +60,7 @@ def test_commands_run_as_they_stand(page, tmp_path, monkeypatch):
     for folder in ("configs", "models"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     for n in range(1, 6):
-        for volume in (f"DATA/sub-{n}.nii.gz", f"BRATS/sub-{n}_t1ce.nii.gz"):
+        for volume in (f"DATA/ds002748/sub-{n}.nii.gz", f"BRATS/sub-{n}_t1ce.nii.gz", f"SCANS/sub-{n}.nii.gz"):
             toy.write_nifti(tmp_path / volume, toy.head((40, 36, 20), seed=n))
     of_reproduce = tmp_path / "RUN" / "brats" / "drrn" / "seed0" / "weights.pt"
     of_reproduce.parent.mkdir(parents=True)

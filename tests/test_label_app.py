@@ -308,7 +308,7 @@ def test_a_volume_that_is_passed_over_is_named_with_the_reason(tmp_path):
     app = runpy.run_path(str(ROOT / "scripts" / "label_app" / "main.py"))
     with pytest.raises(HTTPException) as error:
         app["SuperResolution"]([app["CONFIGS"] / "isotropic.json"], tmp_path / "none.pt")({"image": str(path), "device": "cpu"})
-    assert error.value.detail == f"passed over: {path}: voxels of 1 x 1 x 1 mm are isotropic already"
+    assert error.value.detail == f"skipped: {path}: voxels of 1 x 1 x 1 mm are isotropic already"
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,9 @@ def test_frozen_parameters_are_left_out():
     assert_each_once(network, [network[1].weight])
 
 
-def test_frozen_network_has_no_groups():
-    assert layerwise_parameters(nn.Conv2d(4, 4, 3).requires_grad_(False), 1e-3) == []
+def test_a_frozen_network_is_refused():
+    with pytest.raises(InputError, match="Conv2d has no weights to train"):
+        layerwise_parameters(nn.Conv2d(4, 4, 3).requires_grad_(False), 1e-3)
 
 
 def test_gradients_are_clipped_before_the_step():

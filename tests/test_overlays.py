@@ -20,8 +20,7 @@ OF_TRAINING = [
 OF_INFERENCE = [
     *NETWORKS, "general", "any_factor", "isotropic", "inference_onnx", "inference_trt", "inference_torchscript", "multi_gpu_inference",
 ]  # fmt: skip
-DIFFERENT_WORKFLOWS = {frozenset(pair) for pair in itertools.combinations(("evaluate", "measure_ranges", "evaluate_acquisitions"), 2)}
-REFUSED = DIFFERENT_WORKFLOWS | {frozenset(("any_factor", "random_acquisitions"))}
+REFUSED_LATER = {frozenset(("any_factor", "random_acquisitions"))}
 
 
 def merged(base, *overlays):
@@ -30,8 +29,9 @@ def merged(base, *overlays):
     parser.read_config([str(CONFIGS / f"{name}.json") for name in (base, *overlays)])
     try:
         check_overlays(
-            networks=parser.get("network_overlays"), datasets=parser.get("dataset_overlays", {}), parts=parser.get("part_overlays", {})
-        )
+            networks=parser.get("network_overlays"), datasets=parser.get("dataset_overlays", {}), parts=parser.get("part_overlays", {}),
+            workflows=parser.get("workflow_overlays", {}),
+        )  # fmt: skip
     except InputError as e:
         return str(e)
     return {**parser.config, "imports": set(parser["imports"])}
@@ -47,7 +47,7 @@ def test_every_overlay_is_looked_at():
 @pytest.mark.slow
 def test_the_order_of_two_overlays_does_not_matter(base, overlays):
     for pair in itertools.combinations(overlays, 2):
-        if frozenset(pair) not in REFUSED:
+        if frozenset(pair) not in REFUSED_LATER:
             assert merged(base, *pair) == merged(base, *pair[::-1]), pair
 
 
@@ -69,6 +69,9 @@ def test_random_acquisitions_refuse_a_network_with_positions_alone():
         ("train", ("any_factor", "thick_slices"), "networks"),
         ("train", ("uncertainty", "acquisition_classifier"), "parts"),
         ("train", ("datasets/alvin", "datasets/ds002748"), "datasets"),
+        ("train", ("evaluate", "evaluate_acquisitions"), "workflows"),
+        ("train", ("evaluate", "measure_ranges"), "workflows"),
+        ("train", ("evaluate_acquisitions", "measure_ranges"), "workflows"),
     ],
 )
 def test_two_networks_or_data_sets_are_refused_in_one_line(base, pair, what):

@@ -148,7 +148,7 @@ def table(tried) -> str:
     lines = ["| input | outcome |", "|---|---|"]
     lines += [f"| {what} | right result |" for what in odd]
     lines += [f"| {SEVERAL_SERIES} | right result for each |"]
-    lines += [f"| {what} | in a folder: passed over by name, as {looks_like(no_scan(folder, what))} |" for what in toy.NO_SCANS]
+    lines += [f"| {what} | in a folder: skipped as {looks_like(no_scan(folder, what))} |" for what in toy.NO_SCANS]
     for what, path in bad.items():
         why = failures[path].removeprefix(f"{path}: ")
         # what a reader says in brackets changes with its version

@@ -33,12 +33,12 @@ def test_links_are_followed_once(tmp_path, caplog):
 def test_what_is_no_scan_is_passed_over_by_name(what, tmp_path, caplog):
     (tmp_path / "in").mkdir()
     path = toy.NO_SCANS[what](tmp_path / "in")
-    with pytest.raises(InputError, match="1 files passed over, the first: "):
+    with pytest.raises(InputError, match="1 files skipped, the first: "):
         find_volumes(tmp_path / "in")
     good = toy.write_nifti(tmp_path / "in" / "sub-01_T1w.nii.gz")
     with caplog.at_level(logging.WARNING):
         assert find_volumes(tmp_path / "in") == [str(good)]
-    assert f"passed over: {path}: a" in caplog.text
+    assert f"skipped: {path}: a" in caplog.text
     assert find_volumes(path) == [str(path)]  # named by itself
 
 
@@ -82,8 +82,8 @@ def test_what_only_looks_like_dicom_is_named(tmp_path, caplog):
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "a.dcm.gz").write_bytes(gzip.compress((series / "slice001.dcm").read_bytes()))
     assert find_volumes(tmp_path) == [str(series)]
-    assert f"passed over: {series / 'lost.dcm'}: is no DICOM, whatever its name says" in caplog.text
-    assert f"passed over: {tmp_path / 'packed' / 'a.dcm.gz'}: holds DICOM in gzip; unpack it" in caplog.text
+    assert f"skipped: {series / 'lost.dcm'}: is no DICOM, whatever its name says" in caplog.text
+    assert f"skipped: {tmp_path / 'packed' / 'a.dcm.gz'}: holds DICOM in gzip; unpack it" in caplog.text
 
 
 def test_derivatives_of_a_bids_data_set_are_no_raw_scans(tmp_path, caplog):
@@ -92,7 +92,7 @@ def test_derivatives_of_a_bids_data_set_are_no_raw_scans(tmp_path, caplog):
     assert find_volumes(tmp_path) == [str(made), str(raw)]
     (tmp_path / "dataset_description.json").write_text("{}")
     assert find_volumes(tmp_path) == [str(raw)]
-    assert f"passed over: {tmp_path / 'derivatives'}: not searched with the rest of a BIDS data set; give it by itself" in caplog.text
+    assert f"skipped: {tmp_path / 'derivatives'}: not searched with the rest of a BIDS data set; give it by itself" in caplog.text
     assert find_volumes(tmp_path / "derivatives") == [str(made)]
     assert len(find_volumes(tmp_path, "*_T1w.nii.gz")) == 2
 

@@ -399,7 +399,7 @@ def test_training_calibration_and_inference_as_the_page_says(tmp_path, monkeypat
         monai.bundle.run(config_file=[str(CONFIGS / f"{name}.json") for name in names], **common, **options)
 
     general = ("train", "general", "datasets/scans")
-    short = {"slices_per_volume": 12, "max_epochs": 1, "warmup_iterations": 2, "patch_size": 24, "learning_rate": 0.01}
+    short = {"slices_per_volume": 12, "max_epochs": 1, "val_interval": 1, "warmup_iterations": 2, "patch_size": 24, "learning_rate": 0.01}
     run(*general, "random_acquisitions", "uncertainty", output_dir=str(tmp_path / "head"), **short)
     (tmp_path / "uncertainty.pt").write_bytes((tmp_path / "head" / "models" / "model.pt").read_bytes())
     measure = {"evaluated_slices": 3, "evaluated_thicknesses": []}

@@ -134,10 +134,47 @@ def test_training_in_bfloat16_ends_near_that_in_float32(data, trained, tmp_path)
     assert rounded["best"] == pytest.approx(exact["best"], abs=0.01)  # dB of the validation subjects
 
 
-def test_a_new_training_does_not_overwrite_an_old_one(data, trained):
+def test_a_new_training_does_not_overwrite_an_old_one(data, trained, tmp_path):
     with pytest.raises(RuntimeError) as error:
         run("train", dataset_dir=str(data), output_dir=str(trained), **SMALL)
     assert f"{trained / 'models' / 'last.pt'} is the checkpoint of an earlier run" in reason(error.value)
+    given = toy.save_checkpoint(tmp_path / "models" / "model.pt")
+    before = given.read_bytes()
+    with pytest.raises(RuntimeError) as error:
+        run("train", dataset_dir=str(data), output_dir=str(tmp_path), **SMALL)
+    assert reason(error.value) == f"{given} holds the weights of another training, which would be lost: choose another folder"
+    assert given.read_bytes() == before
+
+
+def test_the_weights_that_are_validated_are_kept(data, tmp_path):
+    """With random acquisitions, these are the moving average."""
+    acquired = {"slices_per_volume": 4, "patches_per_slice": 2, "patch_size": 16, "batch_size": 2, "max_epochs": 1, "val_interval": 1}
+    options = {"dataset_dir": str(data), "split": [3, 1, 1], "average_decay": 0.9, "learning_rate": 0.01, "warmup_iterations": 1}
+    options |= {"network_def::features": 4, "network_def::num_blocks": 1}
+    run("train", "general", "random_acquisitions", output_dir=str(tmp_path), **options, **acquired)
+    best, last = (torch.load(tmp_path / "models" / f"{name}.pt", weights_only=True) for name in ("model", "last"))
+    assert not same_tensors(best, last["network"])
+    options |= {"checkpoint": str(tmp_path / "models" / "model.pt"), "test_datalist": "@val_datalist", "acquisition": "unknown"}
+    run("train", "general", "evaluate", output_dir=str(tmp_path / "evaluation"), **options)
+    found = json.loads((tmp_path / "evaluation" / "summary.json").read_text())["overall"]["psnr"]["mean"]
+    assert found == pytest.approx(last["best"][0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("configs", "line"),
+    [
+        (("general",), "the general networks learn from random acquisitions: add configs/random_acquisitions.json"),
+        (("acquisition_classifier",), "the classifier learns from random acquisitions: add configs/random_acquisitions.json"),
+        (("networks/bicubic",), "Identity has no weights to train"),
+        (("evaluate", "evaluate_thick_slices"), "configs/evaluate_thick_slices.json needs configs/thick_slices.json, which makes"),
+    ],
+)
+def test_what_an_overlay_needs_is_said(configs, line, data, tmp_path):
+    options = {key: value for key, value in SMALL.items() if not key.startswith("network_def") or configs[0] == "evaluate"}
+    options["load_weights"] = False
+    with pytest.raises((RuntimeError, InputError)) as error:
+        run("train", *configs, dataset_dir=str(data), output_dir=str(tmp_path), **options)
+    assert reason(error.value).startswith(line)
 
 
 @pytest.mark.slow
@@ -146,6 +183,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(data, tmp_path):
     (tmp_path / "models" / "last.pt").write_bytes(b"nothing of use")
     output = run_command("train", dataset_dir=str(data), output_dir=str(tmp_path), resume=True, status=1, **SMALL)
     assert output.splitlines()[-1].startswith(f"error: {tmp_path / 'models' / 'last.pt'}: not a checkpoint")
+    assert "Traceback" not in output
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_checkpoint(data, tmp_path):
@@ -182,6 +220,9 @@ def test_a_training_is_resumed_with_its_own_settings_only(data, trained, tmp_pat
         f"{trained / 'models' / 'last.pt'} was made with learning_rate 0.001, now 0.5; lr_milestones [2, 3], now [1]: "
         "resume it with its own settings, or choose another folder"
     )
+    with pytest.raises(RuntimeError) as error:
+        run("train", dataset_dir=str(data), output_dir=str(trained), resume=True, **{**SMALL, "split": [3, 1, 1]})
+    assert "was made with split [2, 2, 1], now [3, 1, 1]; training_volumes 2, now 3" in reason(error.value)
 
 
 @pytest.mark.parametrize("warmup", [0, 2])

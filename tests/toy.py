@@ -439,7 +439,7 @@ NO_SCANS: dict[str, Callable[[Path], Path]] = {
     "vectors": lambda folder: write_itk(folder / "bad.mha", np.stack([head()] * 3, -1)),
     "mask": _named("mask.nii.gz", (head() > 200).astype(float), np.uint8),
     "label map": _named("aseg.nii.gz", np.digitize(head(), [100, 400, 700]).astype(float) * 7, np.int16),
-    "BOLD by its name": _named("sub-01_task-rest_bold.nii.gz", head(), np.int16),
+    "file name says BOLD": _named("sub-01_task-rest_bold.nii.gz", head(), np.int16),
     "phase map": _named("B0.nii.gz", _PHASE, np.float32),
 }
 

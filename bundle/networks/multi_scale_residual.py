@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .initialization import start_at_zero
 
 __all__ = ["MultiScaleResidualNet"]
@@ -41,7 +42,7 @@ class MultiScaleResidualNet(nn.Module):
     def __init__(self, features: int = 128, num_modules: int = 4, multi_scale: bool = True) -> None:
         super().__init__()
         if features < 1 or num_modules < 1:
-            raise ValueError(f"features and num_modules must be positive, got {features} and {num_modules}")
+            raise InputError(f"features and num_modules must be positive, got {features} and {num_modules}")
         self.extract = nn.Sequential(_conv(1, features, 3), nn.PReLU(), _conv(features, features, 3), nn.PReLU())
         self.mapping = nn.ModuleList(MultiScaleResidualModule(features, multi_scale) for _ in range(num_modules))
         self.reconstruct = nn.Sequential(start_at_zero(_conv(features, 1, 3)), nn.PReLU())

@@ -183,7 +183,7 @@ class SuperResolution(InferTask):
                 result = next(Path(folder).rglob("*_sr.nii.gz"), None)
                 if result is None:  # the volume was skipped, and only the log has the reason
                     lines = (record.getMessage() for record in notes.buffer)
-                    prefix = f"passed over: {volumes[0]}"
+                    prefix = f"skipped: {volumes[0]}"
                     raise InputError(next((line for line in lines if line.startswith(prefix)), prefix))
                 (report,) = Path(folder).rglob("*_sr.json")
                 warnings = json.loads(report.read_text(encoding="utf-8"))["warnings"]

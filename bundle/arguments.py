@@ -146,6 +146,8 @@ def check_output_dir(value: Any) -> None:
     typed = as_typed("output_dir")
     if str(value) == "" or (typed and typed[0] == ""):
         raise InputError("output_dir is empty: give a folder")
+    if Path(str(value)).is_file():
+        raise InputError(f"output_dir {value} is a file: give a folder")
     if "::" in str(value) or (typed and "#" in typed[0]):
         raise InputError(f"output_dir {typed[0] if typed else value}: MONAI cannot write to a path with '#' or '::': choose another folder")
     if typed and (not isinstance(value, (str, Path)) or typed[0] == "None"):

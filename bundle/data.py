@@ -48,6 +48,9 @@ class InferenceDataset(Dataset):
                 blocked = self.results.in_the_way(volume)
                 if blocked is not None:
                     raise InputError(f"{volume}: {blocked} is in the way, and not of this program: move it, or use another --output_dir")
+                earlier = self.results.of_another(volume)
+                if earlier is not None:
+                    raise InputError(f"{volume}: {earlier} has a result of that name: use another --output_dir, or --overwrite true")
                 if self.results.is_done(volume):
                     return {**item, "done": True}
             return self.transform(item)

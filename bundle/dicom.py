@@ -5,6 +5,7 @@ For pixels see :mod:`bundle.dicom_volume`; docs/dicom.md explains why this uses 
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Callable
@@ -36,6 +37,23 @@ SCREENSHOT = "1.2.840.10008.5.1.4.1.1.7"  # Secondary Capture Image Storage, and
 SAME_DIRECTION = 5e-3  # largest difference between equal direction cosines, which anonymisers round
 COMPONENTS = {"P": "phase", "PHASE": "phase", "R": "real", "REAL": "real", "I": "imaginary", "IMAGINARY": "imaginary"}
 GE_COMPONENTS = {1: "phase", 2: "real", 3: "imaginary"}
+
+
+class _Once(logging.Filter):
+    """Passes each message once: pydicom repeats one about an unknown character set for every name in every file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self.seen
+        self.seen.add(message)
+        return new
+
+
+logging.getLogger("pydicom").addFilter(_Once())
 
 
 class Slice(NamedTuple):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 import warnings
@@ -144,7 +145,8 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Call ``write(temporary folder)`` and rename the result to ``folder``, so that it is always complete or absent."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".part-{os.getpid()}-{folder.name}")
-    for left in [part, *(p for p in folder.parent.glob(".part-*") if p.name.endswith(f"-{folder.name}"))]:  # from killed processes
+    parts = (p for p in folder.parent.glob(".part-*") if re.fullmatch(rf"\.part-\d+-{re.escape(folder.name)}", p.name))
+    for left in [part, *parts]:  # from killed processes
         shutil.rmtree(left, ignore_errors=True)
     try:
         part.mkdir()

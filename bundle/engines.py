@@ -23,6 +23,8 @@ __all__ = ["VolumeInference"]
 
 logger = logging.getLogger(__name__)
 
+COLUMNS = ("volume", "reason")  # of failed.csv
+
 
 class VolumeInference(SupervisedEvaluator):
     """Process a folder of volumes, one per iteration. A volume that fails at any stage is reported, and the others are processed.
@@ -73,8 +75,8 @@ class VolumeInference(SupervisedEvaluator):
         try:
             self.results.output_dir.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.results.output_dir).close()  # fail before the first volume
-            if idist.get_rank() == 0:
-                list_of_failures.unlink(missing_ok=True)  # of an earlier run
+            if idist.get_rank() == 0 and _is_own(list_of_failures):
+                list_of_failures.unlink()  # of an earlier run
         except OSError as e:
             raise InputError(f"{self.results.output_dir}: cannot be written to ({e.strerror})") from e
         if self.state.epoch_length:  # a process may have no volume
@@ -98,11 +100,14 @@ class VolumeInference(SupervisedEvaluator):
             except OSError as e:
                 logger.warning("%s: index.html cannot be written (%s)", self.results.output_dir, e.strerror)
         if self.failures:
-            try:
-                write_atomically(list_of_failures, self._write_failures)
-                where = f"listed in {list_of_failures}"
-            except OSError as e:  # the log lists all failures
-                where = f"{list_of_failures} cannot be written ({e.strerror})"
+            where = f"listed in {list_of_failures}"
+            if list_of_failures.exists():
+                where = f"listed in the log, because {list_of_failures} is not of this program"
+            else:
+                try:
+                    write_atomically(list_of_failures, self._write_failures)
+                except OSError as e:  # the log lists all failures
+                    where = f"{list_of_failures} cannot be written ({e.strerror})"
             raise InputError(f"{len(self.failures)} of {total} volumes failed, {where}; {self.failures[0][1]}")
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: list[dict]) -> dict:  # type: ignore[override]
@@ -122,6 +127,7 @@ class VolumeInference(SupervisedEvaluator):
             pred = self.predict(item["image"])
             if isinstance(self.network, WithUncertainty):
                 item = {**item, "sd": self.network.calibration(pred[1:])}
+            self.results.remove(volume, "_sr.json")  # it would describe the files that are written now
             item = self.inspect({**item, "pred": pred[:1]})
             item["image"] = _without_voxels(item["image"])
             del pred
@@ -144,7 +150,12 @@ class VolumeInference(SupervisedEvaluator):
 
     def _write_failures(self, path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
-            csv.writer(stream).writerows([("volume", "reason"), *self.failures])
+            csv.writer(stream).writerows([COLUMNS, *self.failures])
+
+
+def _is_own(list_of_failures: Path) -> bool:
+    """Whether a file is a list of failures."""
+    return list_of_failures.is_file() and list_of_failures.read_bytes().startswith(",".join(COLUMNS).encode())
 
 
 def _without_voxels(image: MetaTensor) -> MetaTensor:

@@ -25,12 +25,15 @@ __all__ = [
     "bids_root",
     "companions",
     "file_format",
+    "image_of",
     "in_mm",
     "is_gzip",
-    "itk_reader",
+    "itk_arguments",
     "length_unit",
+    "misnamed",
     "named_as_nibabel_wants",
     "nrrd_field",
+    "plausible",
     "read_header",
     "sidecar",
     "start_of",
@@ -55,7 +58,7 @@ class Header(NamedTuple):
     channels: int  # values of a voxel: 3 for colours
     affine: np.ndarray  # (4, 4) from index to RAS, in the file's units of length
     dtype: np.dtype
-    intent: str  # NIfTI intent, such as "label" or "z score"; "none" if unset
+    intent: str  # NIfTI intent, such as "label" or "z score"; "none" if unset, "CIFTI" for values on a surface
 
 
 def file_format(path: str | Path) -> str:
@@ -80,14 +83,23 @@ def strip_extension(name: str) -> str:
 
 @contextmanager
 def named_as_nibabel_wants(path: str | Path) -> Iterator[str]:
-    """A path to the file with the ending that nibabel requires: lower-case, ``.gz`` only for gzip. A link in a temporary folder if
-    necessary."""
+    """A path to the file with the ending that nibabel requires: lower-case, ``.gz`` only for gzip; its companions have the same name. A
+    link in a temporary folder if necessary.
+
+    Raises:
+        InputError: if one of ``.hdr`` and ``.img`` is gzip and the other is not: nibabel reads both or neither.
+    """
     path = Path(path)
-    if not path.is_file() or path.name.endswith(_true_ending(path)):
+    files = [path, *companions(path)] if path.is_file() else []
+    pair = [file for file in files[1:] if file_format(file)]
+    if pair and all(is_gzip(file) != is_gzip(path) for file in pair):
+        packed, plain = sorted((path, pair[0]), key=is_gzip, reverse=True)
+        raise InputError(f"{path}: {packed.name} is compressed, {plain.name} is not: compress both or neither")
+    if all(file.name == strip_extension(path.name) + _true_ending(file) for file in files):
         yield str(path)
         return
     with tempfile.TemporaryDirectory() as folder:
-        for file in (path, *companions(path)):
+        for file in files:
             (Path(folder) / ("volume" + _true_ending(file))).symlink_to(file.resolve())
         yield str(Path(folder) / ("volume" + _true_ending(path)))
 
@@ -98,10 +110,11 @@ def is_gzip(path: str | Path) -> bool:
 
 
 def _true_ending(path: Path) -> str:
-    """Extension that a NIfTI, Analyze or FreeSurfer file should have: in lower case, with ``.gz`` (or ``.mgz``) only for gzip."""
+    """Extension that a NIfTI, Analyze, ``.mat`` or FreeSurfer file should have: in lower case, with ``.gz`` (or ``.mgz``) only for
+    gzip."""
     if file_format(path) == "freesurfer":
         return ".mgz" if is_gzip(path) else ".mgh"
-    return path.name[len(strip_extension(path.name)) :].lower().removesuffix(".gz") + ".gz" * is_gzip(path)
+    return Path(path.name.lower().removesuffix(".gz")).suffix + ".gz" * is_gzip(path)
 
 
 def _first_bytes(path: str | Path, count: int) -> bytes:
@@ -123,10 +136,31 @@ def start_of(file: str | Path, size: int = 352) -> bytes:
         return b""
 
 
-def itk_reader(path: str | Path) -> Any:
+def misnamed(file: str | Path) -> str:
+    """What a file holds if its name does not say so: NIfTI without an extension, or DICOM in gzip; otherwise empty."""
+    start = start_of(file)
+    if start[344:348] in (b"n+1\0", b"ni1\0") or start[4:8] == b"n+2\0":
+        return "holds NIfTI; give it the extension .nii or .nii.gz"
+    # in gzip, because plain DICOM already counts as slices
+    return "holds DICOM in gzip; unpack it" if start[128:132] == b"DICM" else ""
+
+
+def _itk_reader(path: str | Path) -> Any:
     """ITK's reader for a file, chosen by the extension in upper or lower case; ``None`` leaves the choice to ITK."""
     reader = {"metaimage": itk.MetaImageIO, "nrrd": itk.NrrdImageIO}.get(file_format(path))
     return None if reader is None else reader.New()
+
+
+def itk_arguments(path: str | Path) -> dict[str, Any]:
+    """Arguments of ``itk.imread`` for a file."""
+    reader = _itk_reader(path)
+    if reader is None:
+        return {}
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    # a NRRD file with an axis of one value holds vectors of one value, a type that ITK lacks in Python
+    one = reader.GetNumberOfComponents() == 1 and reader.GetPixelType() == itk.CommonEnums.IOPixel_VECTOR
+    return {"imageio": reader, "pixel_type": itk.F} if one else {"imageio": reader}
 
 
 def read_header(path: str | Path) -> Header:
@@ -135,9 +169,11 @@ def read_header(path: str | Path) -> Header:
         with named_as_nibabel_wants(path) as name:
             image: Any = nib.load(name)
         shape, dtype = tuple(int(n) for n in image.shape), image.get_data_dtype()
+        if isinstance(image, nib.Cifti2Image):
+            return Header(shape, 1, np.eye(4), dtype, "CIFTI")
         intent = image.header.get_intent()[0] if isinstance(image, nib.Nifti1Pair) else "none"
         return Header(shape, len(dtype.names or "1"), np.asarray(image.affine, dtype=np.float64), dtype, intent)
-    image = itk_reader(path) or itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
+    image = _itk_reader(path) or itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
     if image is None:
         raise InputError(f"{path}: of an unknown format")
     image.SetFileName(str(path))
@@ -167,11 +203,17 @@ def in_mm(affine: np.ndarray, unit: str) -> tuple[np.ndarray, str]:
     if factor == 1:
         return affine, ""
     sides = nib.affines.voxel_sizes(affine)
-    possible = [bool((sides * f > PLAUSIBLE[0]).all() and (sides * f < PLAUSIBLE[1]).all()) for f in (factor, 1)]
+    possible = [plausible(affine * f) for f in (factor, 1)]
     text = " x ".join(f"{s:.4g}" for s in sides)
     if possible == [False, True]:
         return affine, f"the header gives voxels of {text} {unit}, which is impossible: taken for mm"
     return np.diag([factor, factor, factor, 1]) @ affine, f"lengths are in {unit} ({text}): converted to mm"
+
+
+def plausible(affine: np.ndarray) -> bool:
+    """Whether the voxels of an affine in mm have sizes that an MRI scan may have."""
+    sides = nib.affines.voxel_sizes(affine)
+    return bool((sides > PLAUSIBLE[0]).all() and (sides < PLAUSIBLE[1]).all())
 
 
 def length_unit(image: nib.Nifti1Pair) -> str:
@@ -189,13 +231,16 @@ def nrrd_field(path: str | Path, field: str) -> str:
 
 
 def companions(path: str | Path) -> list[Path]:
-    """Files that belong to the file of a volume: the ``.img`` of a ``.hdr`` or the reverse, or the voxel files named in a ``.mhd`` or
-    ``.nhdr``."""
+    """Files that belong to the file of a volume: the ``.img`` of a ``.hdr`` or the reverse, with SPM's ``.mat``; or the voxel files named
+    in a ``.mhd`` or ``.nhdr``."""
     path = Path(path)
     name, ending = strip_extension(path.name), path.name[len(strip_extension(path.name)) :].lower()
     if ending.startswith((".img", ".hdr")):
-        others = {name.lower() + e for e in ((".hdr", ".hdr.gz") if ending.startswith(".img") else (".img", ".img.gz"))}
-        return sorted(f for f in path.parent.iterdir() if f.name.lower() in others)
+        other = ".hdr" if ending.startswith(".img") else ".img"
+        wanted = {name.lower() + e for e in (other, other + ".gz", ".mat", ".mat.gz")}
+        # a name that differs in upper and lower case counts if there is no other
+        names = sorted((n for n in os.listdir(path.parent) if n.lower() in wanted), key=lambda n: n.startswith(name))
+        return sorted(path.parent / n for n in {n.lower(): n for n in names}.values())
     if ending not in (".mhd", ".nhdr"):
         return []
     try:
@@ -212,6 +257,14 @@ def companions(path: str | Path) -> list[Path]:
     return []
 
 
+def image_of(path: str | Path) -> Path | None:
+    """The ``.img`` or ``.img.gz`` beside a ``.hdr``; ``None`` if there is none, and for other files."""
+    if not str(path).lower().endswith((".hdr", ".hdr.gz")):
+        return None
+    images = [file for file in companions(path) if file_format(file)]
+    return min(images, key=lambda file: is_gzip(file) != is_gzip(path), default=None)
+
+
 def sidecar(path: str | Path) -> dict[str, Any]:
     """Entries of the BIDS sidecars of a volume: of ``<name>.json`` and, within a BIDS data set, of those that it inherits from; empty if
     none can be read."""
@@ -225,7 +278,7 @@ def sidecar(path: str | Path) -> dict[str, Any]:
     for folder in folders:  # from the top: the nearer one overrides
         for file in _sidecars(folder, entities, suffix) if top else [folder / (strip_extension(path.name) + ".json")]:
             try:
-                content = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda name: None)  # NaN and infinity are unknown
+                content = json.loads(file.read_text(encoding="utf-8-sig"), parse_constant=lambda name: None)  # NaN and infinity are unknown
             except (OSError, ValueError):
                 continue
             facts |= content if isinstance(content, dict) else {}

@@ -14,15 +14,30 @@ import torch
 from monai.config import KeysCollection
 from monai.data import ImageReader, ITKReader, MetaTensor
 from monai.transforms import LoadImage, MapTransform
+from scipy import ndimage
 
 from .dicom import is_dicom_volume
 from .dicom_volume import load_series
 from .errors import InputError
-from .headers import file_format, in_mm, is_gzip, itk_reader, length_unit, named_as_nibabel_wants, nrrd_field, sidecar
-from .recognition import values_look_like
+from .headers import (
+    file_format,
+    in_mm,
+    is_gzip,
+    itk_arguments,
+    length_unit,
+    misnamed,
+    named_as_nibabel_wants,
+    nrrd_field,
+    plausible,
+    sidecar,
+    start_of,
+)
+from .recognition import surface_data, values_look_like
 from .transforms import add_remarks
 
 __all__ = ["LoadVolumed"]
+
+ALIGNED = 2  # NIfTI's code for coordinates that agree with another file's
 
 
 class LoadVolumed(MapTransform):
@@ -71,15 +86,20 @@ class LoadVolumed(MapTransform):
         sides = " x ".join(str(n) for n in image.shape[1:])
         if image.ndim != 4 or image.shape[0] != 1:
             raise InputError(f"{path}: one grey-scale volume expected, got {image.shape[0]} channel(s) of {sides} voxels")
+        if surface_data(image.shape[1:]):
+            raise InputError(f"{path}: {surface_data(image.shape[1:])}, no volume")
         image, remark = _without_nan(image, path)
         remarks.append(remark)
         image, remark = _without_padding(image)
         remarks.append(remark)
         if image.min() == image.max():
             raise InputError(f"{path}: every voxel has the value {float(image.min()):g}")
-        affine = image.affine[:3, :3]
-        if not torch.isfinite(image.affine).all() or float(torch.linalg.det(affine).abs()) < 1e-9:
-            raise InputError(f"{path}: the affine is singular: {affine.tolist()}")
+        affine = np.asarray(image.affine, dtype=np.float64)
+        if _is_singular(affine):
+            raise InputError(f"{path}: the affine is singular: {image.affine[:3, :3].tolist()}")
+        if not plausible(affine):
+            size = _by(nib.affines.voxel_sizes(affine))
+            remarks.append(f"voxels of {size} mm are hardly those of an MRI scan: the unit of length may be wrong")
         kind = values_look_like(image[0].numpy()[..., max(image.shape[3] // 2 - 1, 0) :][..., :3], path)
         remarks.append(f"looks like {kind}, not like a scan: the result may mean nothing" if kind else "")
         if source.is_file():
@@ -94,6 +114,8 @@ class LoadVolumed(MapTransform):
         """Volume of a file, its affine in mm, and remarks."""
         _check_bytes(source)
         kind = file_format(source)
+        if not kind and self.reader is None and misnamed(source):
+            raise InputError(f"{source}: {misnamed(source)}")
         if kind not in ("nifti", "freesurfer"):
             image = self.loader(str(source), reader=self._reader(source))
             return image, _follow_nrrd(image, source) if kind == "nrrd" else []
@@ -102,6 +124,8 @@ class LoadVolumed(MapTransform):
                 header: Any = nib.load(name)
             except nib.filebasedimages.ImageFileError as e:
                 raise InputError(f"{source}: cannot be read as a volume ({_why_not_read(e).replace(name, source.name)})") from e
+            if isinstance(header, nib.Cifti2Image):
+                raise InputError(f"{source}: {surface_data(header.shape, 'CIFTI')}, no volume")
             if header.get_data_dtype().names:
                 raise InputError(f"{source}: one grey-scale volume expected, got colours")
             is_complex = header.get_data_dtype().kind == "c"
@@ -110,9 +134,10 @@ class LoadVolumed(MapTransform):
             if isinstance(header, nib.Nifti1Image) and start < header.header.single_vox_offset:
                 raise InputError(f"{source}: the voxels begin at byte {start} by the header, which is within the header")
             image = loader(name, reader=self._reader(source))
+            remarks = _restore_codes(header) if isinstance(header, nib.Nifti1Pair) else []
+            oriented = "mat" in header.file_map and Path(header.file_map["mat"].filename).exists()  # SPM's file beside Analyze
         if image.ndim > 4 and set(image.shape[4:]) == {1}:
             image = MetaTensor(image.as_tensor().reshape(image.shape[:4]), meta=image.meta)
-        remarks = []
         if is_complex:
             image = MetaTensor(image.as_tensor().abs(), meta=image.meta)
             remarks.append("complex values: the magnitude is used")
@@ -121,7 +146,7 @@ class LoadVolumed(MapTransform):
         elif isinstance(header, nib.MGHImage):
             if not int(header.header["goodRASFlag"]):
                 remarks.append("the header says nothing about orientation (goodRASFlag is 0): left and right are a guess")
-        else:
+        elif not oriented:
             remarks.append("Analyze says nothing about orientation: left and right are a guess")
         return image, remarks
 
@@ -129,7 +154,7 @@ class LoadVolumed(MapTransform):
         # exactly one reader: MONAI would try all in turn, including NumPy's, which runs pickles
         kind = file_format(source)
         name = self.reader or ("NibabelReader" if kind in ("nifti", "freesurfer") else "ITKReader")
-        return ITKReader(imageio=itk_reader(source)) if name == "ITKReader" and itk_reader(source) else getattr(monai.data, name)()
+        return ITKReader(**itk_arguments(source)) if name == "ITKReader" else getattr(monai.data, name)()
 
 
 def _check_bytes(source: Path) -> None:
@@ -148,13 +173,45 @@ def _why_not_read(error: BaseException) -> str:
     return " ".join(lines[-2:]) if lines[-1].startswith("-") else lines[-1]  # nibabel continues a line after a dash
 
 
+def _is_singular(affine: np.ndarray) -> bool:
+    """Whether an affine has no inverse, whatever its unit: its determinant is compared with the voxel sizes."""
+    volume = nib.affines.voxel_sizes(affine).prod()
+    return not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 1e-6 * volume
+
+
+def _by(sides: Any) -> str:
+    return " x ".join(f"{s:.4g}" for s in sides)
+
+
+def _restore_codes(image: nib.Nifti1Pair) -> list[str]:
+    """Set the codes of usable forms again that nibabel clears because NIfTI does not define them; returns remarks.
+
+    By the standard, a form counts if its code is above zero.
+    """
+    file = image.file_map.get("header") or image.file_map["image"]
+    stored = type(image.header)(start_of(str(file.filename), image.header.template_dtype.itemsize), check=False)
+    remarks = []
+    for form, affine in (("sform", image.header.get_sform), ("qform", image.header.get_qform)):
+        code = int(stored[f"{form}_code"])
+        if code <= 0 or int(image.header[f"{form}_code"]):
+            continue
+        try:
+            usable = not _is_singular(affine())
+        except ValueError:  # no rotation
+            usable = False
+        image.header[f"{form}_code"] = ALIGNED if usable else 0
+        taken = f"taken for {ALIGNED} (aligned)" if usable else f"the {form} is unusable and left out"
+        remarks.append(f"{form}_code is {code}, which NIfTI does not define: {taken}")
+    return remarks
+
+
 def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
     """Set the affine of a volume from its NIfTI header, and store its codes, unit and differing forms; returns remarks.
 
     MONAI's reader prefers the qform if only that agrees with pixdim; NIfTI has no such rule.
     """
     unit = length_unit(header)
-    affine, remark = in_mm(header.affine, unit)
+    affine, remark = in_mm(header.header.get_best_affine(), unit)
     remarks = [remark]
     image.affine = torch.as_tensor(affine)
     image.meta["original_affine"] = torch.as_tensor(affine)
@@ -176,10 +233,8 @@ def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
     spacing, zooms = nib.affines.voxel_sizes(affine)[: image.ndim - 1], np.asarray(header.header.get_zooms()[:3], dtype=np.float64)
     zooms = in_mm(np.diag([*zooms, 1.0]), unit)[0].diagonal()[:3] if len(zooms) == 3 else zooms
     if len(zooms) == len(spacing) and not np.allclose(spacing, zooms, rtol=1e-2):
-        texts = [" x ".join(f"{v:.4g}" for v in values) for values in (zooms, spacing)]
-        remarks.append(f"pixdim says {texts[0]} mm, the affine {texts[1]} mm: the affine is used")
-    aligned = 2  # NIfTI's code for coordinates that agree with another file's
-    image.meta["codes"] = [sform_code or qform_code or aligned, qform_code or sform_code or aligned]
+        remarks.append(f"pixdim says {_by(zooms)} mm, the affine {_by(spacing)} mm: the affine is used")
+    image.meta["codes"] = [sform_code or qform_code or ALIGNED, qform_code or sform_code or ALIGNED]
     image.meta["unit"] = "mm"
     return remarks
 
@@ -210,8 +265,7 @@ def _follow_sidecar(image: MetaTensor, facts: Mapping[str, Any]) -> str:
     distance = known.get("SpacingBetweenSlices")
     sides = [float(s) for s in image.pixdim]
     if distance and not np.isclose(sides, distance, rtol=0.02).any():
-        spacing = " x ".join(f"{s:.4g}" for s in sides)
-        return f"the sidecar says that slices are {distance:g} mm apart, the header that voxels are {spacing} mm: the header is used"
+        return f"the sidecar says that slices are {distance:g} mm apart, the header that voxels are {_by(sides)} mm: the header is used"
     return ""
 
 
@@ -228,7 +282,7 @@ def _without_padding(image: MetaTensor) -> tuple[MetaTensor, str]:
 
 
 def _without_nan(image: MetaTensor, path: str) -> tuple[MetaTensor, str]:
-    """Replace NaN by 0 if it marks the background, which means that it reaches the border of the volume. Returns a remark.
+    """Replace NaN by 0 if it marks the background, which means that it is connected to the border of the volume. Returns a remark.
 
     Raises:
         InputError: if other values are not finite.
@@ -238,9 +292,23 @@ def _without_nan(image: MetaTensor, path: str) -> tuple[MetaTensor, str]:
     count = finite.size - np.count_nonzero(finite)
     if not count:
         return image, ""
-    unusable, nan = ~torch.from_numpy(finite), torch.isnan(voxels)
-    border = any(bool(nan.select(axis, end).any()) for axis in (1, 2, 3) for end in (0, -1))
-    if not border or bool((unusable & ~nan).any()) or count == voxels.numel():
-        raise InputError(f"{path}: {count} voxels are not finite (NaN, or too large for float32)")
+    background = _connected_to_border(np.isnan(voxels.numpy()[0]))[None]
+    unusable = count - np.count_nonzero(background) if count < finite.size else count
+    if unusable:
+        raise InputError(f"{path}: {unusable} voxels are not finite (NaN, or too large for float32)")
     remark = f"{count} voxels ({count / voxels.numel():.1%}) are NaN: taken for background, 0"
-    return MetaTensor(torch.where(nan, 0, voxels), meta=image.meta), remark
+    return MetaTensor(torch.where(torch.from_numpy(background), 0, voxels), meta=image.meta), remark
+
+
+def _connected_to_border(mask: np.ndarray) -> np.ndarray:
+    """The parts of a mask, (X, Y, Z), that reach the border of the volume; neighbours share a face, an edge or a corner.
+
+    Axes of one voxel have no border: there, all voxels would lie on it.
+    """
+    labels, number = ndimage.label(mask, np.ones((3, 3, 3)))
+    reaches = np.zeros(number + 1, bool)
+    for axis in (axis for axis in range(3) if mask.shape[axis] > 1):
+        for end in (0, -1):
+            reaches[np.unique(labels.take(end, axis))] = True
+    reaches[0] = False  # not of the mask
+    return reaches[labels]

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from ignite.engine import Engine
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .errors import InputError
 
-__all__ = ["GradientClipping", "layerwise_parameters"]
+__all__ = ["GradientClipping", "layerwise_parameters", "moving_average"]
 
 
 def layerwise_parameters(network: nn.Module, lr: float, reference_fan_in: int = 256) -> list[dict]:
@@ -38,6 +40,23 @@ def layerwise_parameters(network: nn.Module, lr: float, reference_fan_in: int = 
     if not groups:
         raise InputError(f"{type(network).__name__} has no weights to train")
     return [{"params": groups[rate], "lr": rate} for rate in sorted(groups, reverse=True)]
+
+
+def moving_average(decay: float) -> Callable:
+    """Exponential moving average of the weights, for :class:`torch.optim.swa_utils.AveragedModel`.
+
+    After n steps the decay is at most (1 + n) / (10 + n), as in TensorFlow's ``ExponentialMovingAverage``. Otherwise the average of a short
+    fine-tuning would hardly differ from the first weights.
+
+    Args:
+        decay: of long trainings, in [0, 1].
+    """
+
+    def update(averages: Any, weights: Any, steps: Any) -> None:
+        n = float(steps)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, weights, steps)
+
+    return update
 
 
 class GradientClipping:

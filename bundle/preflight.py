@@ -19,6 +19,7 @@ from .dicom_volume import grid_of_series
 from .errors import InputError, switch
 from .headers import Header, file_format, in_mm, length_unit, named_as_nibabel_wants, nrrd_field, read_header
 from .memory import in_files
+from .recognition import surface_data
 
 __all__ = ["CheckMemoryd", "available_memory"]
 
@@ -27,6 +28,7 @@ GIVEN_COPIES, REFINED_COPIES = 4, 4
 UNCERTAINTY_COPIES = 4  # more on the refined grid, measured with the page
 FILES = 2  # volumes on the refined grid in temporary files at once
 PER_PIXEL = 1024  # bytes of feature maps per pixel of a slice
+PER_PAIR = 16  # bytes of interpolation weights per pair of refined voxels on a line
 
 
 class CheckMemoryd(MapTransform):
@@ -69,10 +71,13 @@ class CheckMemoryd(MapTransform):
         return data
 
     def _needed(self, path: str) -> tuple[float, str]:
-        """Bytes, and the number of voxels as text. 0 bytes if the header cannot be read: loading reports that."""
+        """Bytes, and the number of voxels as text. 0 bytes if the header cannot be read or the file holds no volume: loading reports
+        that."""
         try:
             if file_format(path) and Path(path).is_file():
                 header = read_header(path)
+                if surface_data(header.shape, header.intent):
+                    return 0, ""
                 shape, affine = _to_ras(header.shape, _affine_in_mm(path, header))
             else:
                 shape, affine = _to_ras(*grid_of_series(path))
@@ -91,7 +96,7 @@ class CheckMemoryd(MapTransform):
         size = 4 * math.prod(refined)
         in_memory = not self.plain or len(given_factors) > 2 or not in_files(int(size), FILES)
         copies = self.refined_copies if in_memory else 0
-        needed = 4 * GIVEN_COPIES * given + copies * size + PER_PIXEL * pixels
+        needed = 4 * GIVEN_COPIES * given + copies * size + max(PER_PIXEL * pixels, PER_PAIR * max(refined) ** 2)
         return needed, " x ".join(str(int(n)) for n in refined) + " voxels"
 
 

@@ -1,18 +1,19 @@
-"""Recognises files that are not scans, by name, header and voxels: label maps, series, colour images, phase maps."""
+"""Recognises files that are not scans, by name, header and voxels: label maps, series, colour images, phase maps, values on a surface."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import itk
 import nibabel as nib
 import numpy as np
 
-from .headers import file_format, itk_reader, named_as_nibabel_wants, read_header, sidecar, strip_extension
+from .headers import file_format, itk_arguments, named_as_nibabel_wants, read_header, sidecar, strip_extension
 
-__all__ = ["looks_like", "values_look_like"]
+__all__ = ["looks_like", "surface_data", "values_look_like"]
 
 # BIDS suffixes, entities for parts of complex data, and endings of dcm2niix
 NAMES = {
@@ -25,6 +26,7 @@ NAMES = {
 }  # fmt: skip
 MASKS = ("mask", "dseg", "seg", "label", "labels", "roi", "lesion")
 FEW_VALUES = 64
+LONGEST_LINE = 1000  # voxels: longer lines (N x 1 x 1) are the vertices of a surface; the coarsest usual one has 2562
 
 
 def looks_like(path: str | Path) -> str:
@@ -36,6 +38,9 @@ def looks_like(path: str | Path) -> str:
         if name:
             return name
         header = read_header(path)
+        surface = surface_data(header.shape, header.intent)
+        if surface:
+            return surface
         if header.channels > 1:
             return f"an image in colours, or of vectors ({header.channels} values a voxel)"
         if math.prod(header.shape[3:]) > 1:
@@ -45,6 +50,20 @@ def looks_like(path: str | Path) -> str:
         return "" if header.dtype.kind == "c" else values_look_like(_middle(path), str(path))
     except Exception:  # loading will report the error
         return ""
+
+
+def surface_data(shape: Sequence[int], intent: str = "none") -> str:
+    """``"values on a surface"`` if the values of a file belong to the vertices of a surface, as FreeSurfer and CIFTI store them; otherwise
+    empty. Arguments: see :class:`bundle.headers.Header`.
+
+    Example:
+        >>> surface_data((163842, 1, 1))
+        'values on a surface'
+    """
+    if intent == "CIFTI":
+        return "CIFTI: values on a surface"
+    _, middle, longest = sorted([*shape, 1, 1, 1][:3])
+    return "values on a surface" if middle == 1 and longest > LONGEST_LINE else ""
 
 
 def values_look_like(values: np.ndarray, name: str = "") -> str:
@@ -95,5 +114,5 @@ def _middle(path: str | Path) -> np.ndarray:
             z = voxels.shape[2] // 2
             middle = np.asarray(voxels[:, :, max(z - 1, 0) : z + 2]).squeeze()
             return middle if middle.min() < middle.max() else np.asarray(voxels).squeeze()
-    array = np.asarray(itk.array_from_image(itk.imread(str(path), imageio=itk_reader(path))))
+    array = np.asarray(itk.array_from_image(itk.imread(str(path), **itk_arguments(path))))
     return np.moveaxis(array, 0, -1)

@@ -29,7 +29,7 @@ from .arguments import paths
 from .conditions import spectral_facts
 from .dicom import is_dicom_volume
 from .errors import switch
-from .figures import Panel, save_panels
+from .figures import PICTURE_MARK, Panel, save_panels
 from .files import fingerprint, save_nifti, sha256, write_atomically, write_json, write_text
 from .grid import acquired_fractions, acquired_samples, oriented
 from .headers import RESULT_MARK, bids_root, file_format, sidecar, start_of, strip_extension
@@ -138,22 +138,37 @@ class Results:
         return self.output_dir / path.relative_to(os.path.abspath(self.root)).parent / (name + ending)
 
     def is_own(self, volume: str | Path, ending: str) -> bool:
-        """Whether this program wrote a result file: a volume, a map, a page or a report. One that cannot be read counts as damaged."""
+        """Whether this program wrote a result file: a volume, a map, a page, a picture or a report. One that cannot be read counts as
+        damaged."""
         path = self.path(volume, ending)
         if ending in ("_sr.nii.gz", MAP_ENDING):
             start = start_of(path)
             return not start or RESULT_MARK.encode() in start
         if ending == "_sr.html":
             return PAGE_MARK.encode() in start_of(path, 2048)
+        content = self._content(volume)
+        if ending == "_sr.png":  # those of earlier versions have no mark
+            return PICTURE_MARK.encode() in start_of(path, 2048) or bool(content and "settings" in content)
+        return content is None or "settings" in content
+
+    def _content(self, volume: str | Path) -> dict[str, Any] | None:
+        """Content of the report of a volume; ``None`` if there is none that can be read."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(self.path(volume, "_sr.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return True
-        return not isinstance(content, dict) or "settings" in content
+            return None
+        return content if isinstance(content, dict) else None
+
+    def of_another(self, volume: str) -> str | None:
+        """Another volume whose result has the path of that of a volume, in an earlier run, if the other one still exists."""
+        other = (self._content(volume) or {}).get("volume")
+        if self.overwrite or not isinstance(other, str) or not os.path.exists(other) or not os.path.exists(volume):
+            return None
+        return None if os.path.samefile(other, volume) else other
 
     def in_the_way(self, volume: str | Path) -> Path | None:
         """A file with the name of a result of a volume that this program did not write, if there is one."""
-        endings = ("_sr.nii.gz", "_sr.json", *["_sr.html"] * self.report, *[MAP_ENDING] * (self.head is not None))
+        endings = ("_sr.nii.gz", "_sr.json", "_sr.png", *["_sr.html"] * self.report, *[MAP_ENDING] * (self.head is not None))
         foreign = (ending for ending in endings if self.path(volume, ending).exists() and not self.is_own(volume, ending))
         return next((self.path(volume, ending) for ending in foreign), None)
 
@@ -182,7 +197,8 @@ class Results:
             if self.raw is not None:
                 description["DatasetLinks"] = {"raw": Path(os.path.relpath(self.raw, self.output_dir)).as_posix()}
             for name, text in (("README.md", BIDS_README.format(version=version())), (".bidsignore", BIDS_IGNORED)):
-                write_text(self.output_dir / name, text)
+                if not (self.output_dir / name).exists():
+                    write_text(self.output_dir / name, text)
             write_json(self.output_dir / "dataset_description.json", description)
         source = sidecar(volume)
         facts: dict[str, Any] = {key: source[key] for key in ACQUISITION if source.get(key) is not None}
@@ -196,23 +212,23 @@ class Results:
     def write_index(self, failures: Sequence[tuple[str, str]] = (), passed_over: Sequence[str] = ()) -> None:
         """Write ``index.html`` into ``output_dir``: a picture, warnings and a link for each result, then failures and skipped files.
 
-        A run without reports writes no index, but updates one of an earlier run.
+        A run without reports writes no index, but updates one of an earlier run. An ``index.html`` of others stays as it is.
 
         Args:
             failures: volumes, each with the reason of its failure.
             passed_over: one line for each file that was skipped.
         """
         index = self.output_dir / "index.html"
-        if not self.report and not (index.exists() and INDEX_MARK in index.read_text(encoding="utf-8", errors="replace")):
+        own = index.exists() and INDEX_MARK in index.read_text(encoding="utf-8", errors="replace")
+        if self.report and index.exists() and not own:
+            logger.warning("%s is not of this program: no index was written", index)
+        if not (own or (self.report and not index.exists())):
             return
         failed, entries = dict(failures), []
         for volume in self.volumes:
-            report, page, result, picture = (self.path(volume, f"_sr.{ending}") for ending in ("json", "html", "nii.gz", "png"))
-            try:
-                warnings = json.loads(report.read_text(encoding="utf-8"))["warnings"]
-            except (OSError, ValueError, KeyError, TypeError):  # no result of this bundle
-                continue
-            if volume in failed:  # the result is from an earlier run
+            page, result, picture = (self.path(volume, f"_sr.{ending}") for ending in ("html", "nii.gz", "png"))
+            warnings = (self._content(volume) or {}).get("warnings")
+            if warnings is None or volume in failed:  # no result of this bundle, or one from an earlier run
                 continue
             links = [path.relative_to(self.output_dir).as_posix() if path.exists() else None for path in (page, result, picture)]
             entries.append(Entry(self.name(volume), warnings, links[0] or links[1] or "", links[2]))
@@ -234,13 +250,10 @@ class Results:
         endings += [DICOM_ENDING] * (self.dicom and is_dicom_volume(volume))
         if self.overwrite or not all(self.path(volume, ending).exists() for ending in endings):
             return False
-        try:
-            done = json.loads(self.path(volume, "_sr.json").read_text(encoding="utf-8"))  # written last
-            if self.head is not None and done["uncertainty"] != self.head:
-                return False
-            return done["settings"] == self.settings and done["input"] == fingerprint(volume)
-        except (OSError, ValueError, KeyError, TypeError):  # not a report of this bundle
+        done = self._content(volume) or {}  # written last
+        if self.head is not None and done.get("uncertainty") != self.head:
             return False
+        return done.get("settings") == self.settings and done.get("input") == fingerprint(volume)
 
 
 def _bids_name(path: Path) -> Path | None:
@@ -534,7 +547,7 @@ class SaveReportd(MapTransform):
         image = data[self.keys[0]]
         volume = name_of(image)
         report = {
-            "volume": volume,
+            "volume": os.path.abspath(volume),
             "warnings": data["report"]["warnings"],
             "factor": [float(f) for f in image.meta["factor"]],
             "consistency_db": data["consistency"],

@@ -16,7 +16,7 @@ from .arguments import paths
 from .dicom import Slice, find_dicom, find_series, is_dicom, passed_over, volumes_in
 from .dicom_volume import are_copies, make_one_stack
 from .errors import InputError
-from .headers import RESULT_MARK, companions, file_format, start_of
+from .headers import RESULT_MARK, file_format, image_of, misnamed, start_of
 from .recognition import looks_like
 
 __all__ = ["by_subject", "find_volumes", "split_subjects"]
@@ -62,7 +62,7 @@ def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> Volum
     Args:
         path: a file, a folder, a pattern (``"scans/*.nii.gz"``), or a list of them. A folder is searched with its subfolders; links to
             folders are followed, hidden folders are not. A folder of DICOM slices counts as one volume, or, if it holds several series, as
-            ``folder/identifier`` for each of them.
+            ``folder/identifier`` for each of them; such a path names that volume alone.
         pattern: file name patterns (``"*_t1ce.nii.gz"``). They replace the choice by format and content.
 
     A file that is given by its own name is always used. In folders, label maps, series, colour images and phase maps are skipped, and so
@@ -80,10 +80,15 @@ def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> Volum
         for volume in _at(one, pattern, passed):
             identity = _identity(volume, series)
             first = found.setdefault(identity, volume)
-            if first != volume and identity != os.path.realpath(volume):
+            if first == volume:
+                continue
+            if os.path.isfile(identity):
+                kind = "file" if os.path.samefile(first, volume) else "volume"
+                passed.append(f"{volume}: the same {kind} as {first}")
+            elif identity == os.path.realpath(volume):
+                passed.append(f"{volume}: the same series as {first}")
+            else:
                 slices[first] += 1
-            elif first != volume:
-                passed.append(f"{volume}: the same {'file' if os.path.isfile(identity) else 'series'} as {first}")
     passed += [f"{number} more slices of the series of {volume}" for volume, number in slices.items()]
     for line in passed:
         logger.warning("skipped: %s", line)
@@ -99,13 +104,13 @@ def find_volumes(path: Any, pattern: str | Sequence[str] | None = None) -> Volum
 
 
 def _identity(volume: str, series: dict[str, dict[str, str]]) -> str:
-    """Path of a file, or of the DICOM volume to which it belongs as a slice.
+    """Path of a file, of the ``.img`` of a ``.hdr``, or of the DICOM volume to which a file belongs as a slice.
 
     Args:
         volume: path.
         series: a cache: the slices in each folder seen so far, with their volumes.
     """
-    real = os.path.realpath(volume)
+    real = os.path.realpath(image_of(volume) or volume)
     if not os.path.isfile(real) or file_format(real) or not is_dicom(real):
         return real
     folder = os.path.dirname(real)
@@ -123,6 +128,8 @@ def _patterns(pattern: str | Sequence[str]) -> Sequence[str]:
 def _at(text: str, pattern: str | Sequence[str] | None, passed: list[str]) -> list[str]:
     path = Path(text)
     if not os.path.lexists(path):
+        if path.parent.is_dir() and not glob.has_magic(path.name) and path.name in volumes_in(path.parent)[0]:
+            return [str(path)]  # folder/identifier
         matches = sorted(glob.glob(text, recursive=True)) if glob.has_magic(text) else []
         if not matches:
             why = "no file has a name like this" if glob.has_magic(text) else "no such file or folder"
@@ -199,6 +206,7 @@ def _folders(top: Path, passed: list[str], not_raw: Sequence[str]) -> Iterator[t
 def _scans(files: list[Path], pattern: str | Sequence[str] | None, passed: list[str]) -> list[str]:
     """The volumes among some files. Other image files are added to ``passed`` with the reason why they are skipped."""
     scans = []
+    present = set(files)
     others: Counter[str] = Counter()
     for file in files:
         if file.name.startswith("."):
@@ -208,7 +216,7 @@ def _scans(files: list[Path], pattern: str | Sequence[str] | None, passed: list[
             if any(file.match(p) for p in _patterns(pattern)) and not _is_result(file):
                 scans.append(str(file))
             continue
-        if file.name.lower().endswith((".hdr", ".hdr.gz")) and companions(file):  # the voxels are in the .img
+        if image_of(file) in present:  # the volume is listed by that name
             continue
         if file_format(file) and not _is_result(file):
             why = "" if broken else looks_like(file)
@@ -222,10 +230,8 @@ def _scans(files: list[Path], pattern: str | Sequence[str] | None, passed: list[
             passed.append(f"{file}: a link to {file.readlink()}, which does not exist")
         elif file.suffix.lower() in OTHER_IMAGES and not re.search(OURS + r"\.png$", file.name):
             passed.append(f"{file}: {file.suffix} files are not read")
-        elif _holds_nifti(file):
-            passed.append(f"{file}: holds NIfTI; give it the extension .nii or .nii.gz")
-        elif start_of(file)[128:132] == b"DICM":  # in gzip, because plain DICOM already counts as slices
-            passed.append(f"{file}: holds DICOM in gzip; unpack it")
+        elif misnamed(file):
+            passed.append(f"{file}: {misnamed(file)}")
         elif file.suffix.lower() in DICOM:
             passed.append(f"{file}: is no DICOM, whatever its name says")
         else:
@@ -234,11 +240,6 @@ def _scans(files: list[Path], pattern: str | Sequence[str] | None, passed: list[
         text = ", ".join(f"{number} x {what}" for what, number in sorted(others.items()))
         logger.info("%s: other files, not read: %s", files[0].parent, text)
     return scans
-
-
-def _holds_nifti(file: Path) -> bool:
-    start = start_of(file)
-    return start[344:348] in (b"n+1\0", b"ni1\0") or start[4:8] == b"n+2\0"
 
 
 def _is_result(file: Path) -> bool:

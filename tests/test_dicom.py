@@ -91,6 +91,36 @@ class TestFinding:
         np.testing.assert_array_equal(first, toy.head())
         np.testing.assert_array_equal(second, np.floor(toy.head() / 2))
 
+    def test_a_volume_among_several_is_done_by_its_name(self, tmp_path, infer):
+        folder = toy_dicom.two_echoes(tmp_path / "series")
+        first, second = find_volumes(folder)
+        assert find_volumes(second) == [second]
+        assert find_volumes([folder, first]) == [first, second]
+        out = infer(second)
+        assert [path.name for path in out.glob("*.nii.gz")] == [f"{Path(second).name}_sr.nii.gz"]
+        with pytest.raises(InputError, match=r"1\.2\.3: no such file or folder"):
+            find_volumes(folder / "1.2.3")
+
+    def test_a_file_of_two_volumes_names_them_as_they_can_be_given(self, tmp_path):
+        folder = toy.enhance_dicom(toy.write_dicom(tmp_path / "scout"))
+        file = folder / "frames.dcm"
+        ds = pydicom.dcmread(file)
+        for number, frame in enumerate(ds.PerFrameFunctionalGroupsSequence):
+            frame.PlaneOrientationSequence = [pydicom.Dataset()]
+            frame.PlaneOrientationSequence[0].ImageOrientationPatient = list((toy_dicom.AXIAL, toy_dicom.CORONAL)[number % 2])
+        ds.save_as(file)
+        with pytest.raises(InputError, match=r"holds 2 volumes .*; name one of them: ") as error:
+            load(file)
+        names = str(error.value).partition("name one of them: ")[2].split(", ")
+        assert find_volumes(names) == names == find_volumes(folder)
+
+    def test_an_unknown_character_set_is_said_once(self, tmp_path, caplog):
+        def change(ds, number):
+            ds.SpecificCharacterSet, ds.PatientName = "NONE SUCH", "Müller"
+
+        load(toy_dicom.series(tmp_path / "series", change))
+        assert sum("NONE SUCH" in record.getMessage() for record in caplog.records) <= 1
+
     def test_echo_time_that_varies_does_not_split_a_series(self, tmp_path):
         def change(ds, number):
             ds.EchoTime, ds.EchoNumbers = 2.1 + number / 1000, number % 2
@@ -444,6 +474,12 @@ class TestDicomOut:
             infer(folder, dicom=True, overwrite=True)
         assert "scan_sr_dicom: in the way, and not of this program" in reason(error.value)
         assert [path.name for path in (tmp_path / "out" / "scan_sr_dicom").iterdir()] == ["notes.txt"]
+
+    def test_the_folder_of_another_series_is_not_removed(self, tmp_path):
+        (tmp_path / ".part-4711-other-scan_sr_dicom").mkdir()
+        (tmp_path / ".part-4711-scan_sr_dicom").mkdir()
+        write_folder(tmp_path / "scan_sr_dicom", lambda part: (part / "0001.dcm").touch())
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".part-4711-other-scan_sr_dicom", "scan_sr_dicom"]
 
     def test_validator_finds_no_error(self, done, infer, tmp_path):
         if not shutil.which("dciodvfy"):

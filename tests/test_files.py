@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import toy
+from matplotlib.figure import Figure
 from PIL import Image
 
 from bundle.data import InferenceDataset
@@ -83,11 +84,12 @@ class TestForeignFiles:
     """A file that has the name of a result, but is not one, stays as it is."""
 
     def write(self, folder):
-        foreign = {ending: folder / f"a{ending}" for ending in ("_sr.nii.gz", "_sd.nii.gz", "_sr.html", "_sr.json")}
+        foreign = {ending: folder / f"a{ending}" for ending in ("_sr.nii.gz", "_sd.nii.gz", "_sr.html", "_sr.json", "_sr.png")}
         for path in (foreign["_sr.nii.gz"], foreign["_sd.nii.gz"]):
             toy.write_nifti(path)
         foreign["_sr.html"].write_text("<title>Minutes</title>")
         foreign["_sr.json"].write_text('{"patient": 1}')
+        Figure().savefig(foreign["_sr.png"])
         return foreign
 
     def test_it_is_in_the_way(self, tmp_path):
@@ -95,9 +97,10 @@ class TestForeignFiles:
         results = Results(tmp_path, tmp_path, [volume], report=True)
         assert results.in_the_way(volume) is None
         foreign = self.write(tmp_path)
-        for ending in ("_sr.nii.gz", "_sr.json", "_sr.html"):
+        for ending in ("_sr.nii.gz", "_sr.json", "_sr.png", "_sr.html"):
             assert results.in_the_way(volume) == foreign[ending]
             foreign[ending].unlink()
+        save_panels(tmp_path / "a_sr.png", [Panel("a", torch.rand(20, 20))])
         assert results.in_the_way(volume) is None
         item = InferenceDataset([{"image": volume}], lambda item: item, results)[0]
         assert item == {"image": volume}
@@ -116,6 +119,38 @@ class TestForeignFiles:
         for ending in ("_sr.nii.gz", "_sr.json"):
             (tmp_path / f"a{ending}").touch()
         assert Results(tmp_path, tmp_path, [volume]).in_the_way(volume) is None
+
+    def test_pages_of_others_stay(self, tmp_path, caplog):
+        volume = str(toy.write_nifti(tmp_path / "in" / "sub-01_T1w.nii.gz"))
+        names = ("index.html", "README.md", ".bidsignore")
+        for name in names:
+            (tmp_path / name).write_text("mine")
+        results = Results(tmp_path, tmp_path / "in", [volume], report=True, bids=True)
+        results.bids_facts(volume)
+        results.write_index()
+        assert [(tmp_path / name).read_text() for name in names] == ["mine"] * 3
+        assert "index.html is not of this program" in caplog.text
+        assert (tmp_path / "dataset_description.json").exists()
+
+
+class TestAnotherVolume:
+    """Two volumes of one name, put into one folder by two runs."""
+
+    def test_its_result_is_neither_replaced_nor_taken_for_done(self, tmp_path):
+        first, second = (str(toy.write_nifti(tmp_path / name / "T1.nii.gz")) for name in ("s1", "s2"))
+        os.utime(second, ns=(os.stat(first).st_atime_ns, os.stat(first).st_mtime_ns))
+        results = Results(tmp_path / "out", first, [first])
+        (tmp_path / "out").mkdir()
+        toy.write_nifti(tmp_path / "out" / "T1_sr.nii.gz").write_bytes(b"")
+        report = {"settings": results.settings, "input": fingerprint(first), "volume": first}
+        write_json(results.path(first, "_sr.json"), report)
+        assert results.is_done(first) and results.of_another(first) is None
+        item = InferenceDataset([{"image": second}], lambda item: item, Results(tmp_path / "out", second, [second]))[0]
+        assert item["error"] == f"{second}: {first} has a result of that name: use another --output_dir, or --overwrite true"
+        again = Results(tmp_path / "out", second, [second], overwrite=True)
+        assert InferenceDataset([{"image": second}], lambda item: item, again)[0] == {"image": second}
+        Path(first).rename(second)  # a volume that was moved is the same
+        assert Results(tmp_path / "out", second, [second]).is_done(second)
 
 
 class TestSettings:

@@ -464,6 +464,30 @@ class TestStartedAgain:
         third = times_of_change(infer(two, "untrained"))
         assert all(third[name] > second[name] for name in second)
 
+    def test_an_old_report_does_not_describe_a_new_volume(self, infer, two, monkeypatch):
+        """If a run ends between the volume and its report, the next run computes the volume again."""
+        out = infer(two)
+        first = times_of_change(out)
+        with monkeypatch.context() as patched:
+            patched.setattr("bundle.results.SaveReportd.__call__", lambda self, data: 1 / 0)
+            with pytest.raises(Exception) as error:
+                infer(two, scale=3)
+        assert reason(error.value).startswith("2 of 2 volumes failed")
+        assert not [name for name in files_below(out) if name.endswith(".json")]
+        again = times_of_change(infer(two))
+        assert all(again[name] > first[name] for name in first)
+
+    def test_a_list_of_failures_of_others_stays(self, infer, two):
+        out = two.parent / "out"
+        out.mkdir()
+        (out / "failed.csv").write_text("mine")
+        infer(two)
+        (two / "c.nii.gz").write_bytes(b"damaged")
+        with pytest.raises(Exception) as error:
+            infer(two)
+        assert f"1 of 3 volumes failed, listed in the log, because {out / 'failed.csv'} is not of this program" in reason(error.value)
+        assert (out / "failed.csv").read_text() == "mine"
+
     def test_report_is_made_where_it_is_missing_and_goes_with_its_result(self, infer, two):
         first = times_of_change(infer(two))
         second = times_of_change(infer(two, report=True))

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bundle.networks import MultiScaleResidualNet, PixelShuffleResidualNet
+from bundle.errors import InputError
+from bundle.networks import MultiScaleResidualNet, PixelShuffleResidualNet, load_torchscript
 from bundle.networks.multi_scale_residual import MultiScaleResidualModule
 
 
@@ -187,3 +188,11 @@ def test_a_wrong_number_of_channels_is_refused(positions, given):
     network = PixelShuffleResidualNet(features=4, num_blocks=1, positions=positions)
     with pytest.raises(ValueError, match=f"{7 if positions else 1} channels expected, got {given}"):
         network(torch.zeros(1, given, 8, 8))
+
+
+def test_a_file_that_is_no_torchscript_is_named(tmp_path):
+    missing, damaged = tmp_path / "missing.ts", tmp_path / "damaged.ts"
+    damaged.write_bytes(b"nothing of use")
+    for path, why in ((missing, "no such file; python -m monai.bundle ckpt_export makes one"), (damaged, "not a TorchScript network")):
+        with pytest.raises(InputError, match=f"{path.name}: {why}"):
+            load_torchscript(path, torch.device("cpu"))

@@ -4,10 +4,11 @@ import pytest
 import torch
 from ignite.engine import Engine
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from bundle.errors import InputError
 from bundle.networks import MultiScaleResidualNet
-from bundle.optimizers import GradientClipping, layerwise_parameters
+from bundle.optimizers import GradientClipping, layerwise_parameters, moving_average
 
 
 def rates(network, lr=1e-3, **kwargs):
@@ -106,6 +107,25 @@ def test_frozen_parameters_are_left_out():
 def test_a_frozen_network_is_refused():
     with pytest.raises(InputError, match="Conv2d has no weights to train"):
         layerwise_parameters(nn.Conv2d(4, 4, 3).requires_grad_(False), 1e-3)
+
+
+def test_the_average_follows_a_short_training_too():
+    """The weights go from 0 to 1 in the first step and stay there."""
+    network = nn.Linear(1, 1, bias=False)
+    averages = []
+    for decay in (0.999, 0.5):
+        nn.init.zeros_(network.weight)
+        average = AveragedModel(network, multi_avg_fn=moving_average(decay))
+        average.update_parameters(network)  # the first call copies
+        nn.init.ones_(network.weight)
+        for _ in range(100):
+            average.update_parameters(network)
+        averages.append(float(average.module.weight))
+    expected = 1.0
+    for n in range(1, 101):
+        expected *= (1 + n) / (10 + n)
+    assert averages[0] == pytest.approx(1 - expected)
+    assert averages[1] == pytest.approx(1)
 
 
 def test_gradients_are_clipped_before_the_step():

@@ -38,6 +38,13 @@ def test_too_large_a_dicom_series_is_refused(tmp_path, monkeypatch):
             CheckMemoryd("image", InPlaneFactorsd("image", spacing=0.1))({"image": str(path)})
 
 
+def test_long_lines_need_memory_for_their_interpolation(tmp_path, monkeypatch):
+    path = toy.write_nifti(tmp_path / "a.nii", toy.head((900, 2, 2)))
+    monkeypatch.setattr(preflight, "available_memory", lambda: 40 << 20)
+    with pytest.raises(InputError, match=r"a\.nii: 1800 x 4 x 2 voxels need about 0\.0 GiB"):
+        CheckMemoryd("image", InPlaneFactorsd("image", 2))({"image": str(path)})
+
+
 def test_free_memory_is_known():
     assert 1 << 20 < available_memory() < 1 << 50
 

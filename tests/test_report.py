@@ -585,8 +585,10 @@ def test_index_of_someone_else_stays(tmp_path):
     index = tmp_path / "index.html"
     index.write_text("my own page")
     volumes = [str(tmp_path / "a.nii.gz"), str(tmp_path / "b.nii.gz")]
-    Results(tmp_path, str(tmp_path), volumes).write_index()
-    assert index.read_text() == "my own page"
+    for pages in (False, True):
+        Results(tmp_path, str(tmp_path), volumes, report=pages).write_index()
+        assert index.read_text() == "my own page"
+    index.unlink()
     Results(tmp_path, str(tmp_path), volumes, report=True).write_index([(volumes[0], f"{volumes[0]}: too <small>")])
     assert "<b>a.nii.gz</b> too &lt;small&gt;" in index.read_text()
     Results(tmp_path, str(tmp_path), volumes).write_index()

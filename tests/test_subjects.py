@@ -3,11 +3,14 @@ import logging
 import os
 
 import nibabel as nib
+import numpy as np
 import pytest
 import toy
 
 from bundle.errors import InputError
+from bundle.grid import InPlaneFactorsd
 from bundle.loading import LoadVolumed
+from bundle.preflight import CheckMemoryd
 from bundle.results import Results
 from bundle.subjects import find_volumes, split_subjects
 
@@ -54,6 +57,43 @@ def test_phase_of_dcm2niix_is_passed_over(tmp_path):
 def test_what_is_named_is_done_with_a_warning(what, tmp_path):
     path = toy.NO_SCANS[what](tmp_path)
     assert "not like a scan" in LoadVolumed("image")({"image": str(path)})["image"].meta["remarks"]
+
+
+def write_surface(folder, name):
+    """Values on the vertices of a hemisphere, as FreeSurfer and the Human Connectome Project store them."""
+    values = np.random.default_rng(0).normal(30, 5, 2562).astype(np.float32)
+    if name.endswith((".dscalar.nii", ".dtseries.nii")):
+        vertices = nib.cifti2.BrainModelAxis.from_surface(np.arange(2562), 2562, "CortexLeft")
+        rows = nib.cifti2.ScalarAxis(["sulc"]) if "scalar" in name else nib.cifti2.SeriesAxis(0, 1, 1)
+        image = nib.Cifti2Image(values[None], (rows, vertices))
+    else:
+        image = (nib.MGHImage if name.endswith("h") else nib.Nifti1Image)(values[:, None, None], np.eye(4))
+    nib.save(image, folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["lh.w-g.pct.mgh", "lh.thickness.nii.gz", "S.sulc.dscalar.nii", "S_bold.dtseries.nii"])
+def test_values_on_a_surface_are_no_volume(name, tmp_path):
+    scan = toy.write_nifti(tmp_path / "T1.nii", toy.head((1, 1, 6)))
+    path = write_surface(tmp_path, name)
+    found = find_volumes(tmp_path)
+    what = ("CIFTI: " if "S" in name else "") + "values on a surface"
+    assert (found, list(found.passed_over)) == ([str(scan)], [f"{path}: {what}"])
+    assert find_volumes(path) == [str(path)]
+    CheckMemoryd("image", InPlaneFactorsd("image", 2))({"image": str(path)})  # leaves it to loading to say what it is
+    with pytest.raises(InputError, match=f"{name}: {what}, no volume"):
+        LoadVolumed("image")({"image": str(path)})
+
+
+def test_a_pair_is_one_volume_by_either_name(tmp_path):
+    image = toy.write_analyze(tmp_path / "T1.img")
+    header = image.with_suffix(".hdr")
+    assert find_volumes(tmp_path) == find_volumes(tmp_path / "T1.*") == [str(image)]
+    assert find_volumes(tmp_path / "*.hdr") == [str(header)]
+    for pair in ([image, header], [header, image]):
+        found = find_volumes(pair)
+        assert found == [str(pair[0])]
+        assert list(found.passed_over) == [f"{pair[1]}: the same volume as {pair[0]}"]
 
 
 def test_nifti_without_an_extension_is_named(tmp_path, caplog):

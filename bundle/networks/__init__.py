@@ -1,5 +1,8 @@
 """Networks: each maps (N, 1, H, W), a slice interpolated to the high-resolution grid, to the same shape."""
 
+from pathlib import Path
+
+import torch
 from ignite.distributed import get_world_size
 from torch import channels_last, device
 from torch.nn import BatchNorm2d, Module, SyncBatchNorm
@@ -40,9 +43,24 @@ __all__ = [
     "SRDenseNet",
     "SRResNet",
     "WithUncertainty",
+    "load_torchscript",
     "prepare",
     "use_fft_convolutions",
 ]
+
+
+def load_torchscript(path: str | Path, device: device) -> Module:
+    """A network exported by MONAI's ``ckpt_export``.
+
+    Raises:
+        InputError: if the file cannot be read.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; python -m monai.bundle ckpt_export makes one")
+    try:
+        return torch.jit.load(path, map_location=device)
+    except RuntimeError as e:
+        raise InputError(f"{path}: not a TorchScript network ({str(e).strip().splitlines()[0]})") from e
 
 
 def prepare(

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from types import TracebackType
+from typing import Any
 
 __all__ = ["InputError", "PassedOver", "check_overlays", "full_disk", "passed_over", "reason", "report_in_one_line", "switch"]
 
@@ -67,11 +68,10 @@ def check_overlays(**chosen: Mapping[str, bool]) -> None:
 
 
 def report_in_one_line() -> None:
-    """End the program with one line instead of a traceback if an :class:`InputError` is the cause. MONAI's engines would also log the
-    traceback."""
+    """End the program with one line instead of a traceback if an :class:`InputError` is the cause, and log none: MONAI's engines log
+    every error."""
     sys.excepthook = _excepthook
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_no_traceback)
+    logging.setLogRecordFactory(_without_traceback)
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -81,10 +81,13 @@ def _excepthook(kind: type[BaseException], error: BaseException, traceback: Trac
         sys.stderr.write(f"error: {reason(error)}\n")
 
 
-def _no_traceback(record: logging.LogRecord) -> bool:
-    """Whether a record does not repeat an :class:`InputError` with its traceback."""
+def _without_traceback(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    """A record without the traceback of an :class:`InputError`."""
+    record = logging.LogRecord(*args, **kwargs)
     error = record.exc_info[1] if record.exc_info else None
-    return error is None or _input_error(error) is None
+    if error is not None and _input_error(error) is not None:
+        record.exc_info = None
+    return record
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

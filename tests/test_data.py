@@ -169,7 +169,7 @@ class TestSplitSubjects:
 
     @pytest.mark.parametrize(("split", "part"), [([0.5, 0.5], "train"), ([1, 2, 3], "training"), ([-1, 2, 3], "test")])
     def test_impossible_arguments_are_refused(self, split, part):
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(ValueError, match="must be"):
             split_subjects(self.VOLUMES, split, part)
 
 

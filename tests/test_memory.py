@@ -134,6 +134,7 @@ def test_the_estimate_knows_which_results_lie_in_files(tmp_path, monkeypatch):
         return check._needed(path)[0] > given
 
     monkeypatch.setattr(preflight, "PER_PIXEL", 0)
+    monkeypatch.setattr(preflight, "PER_PAIR", 0)
     in_plane = InPlaneFactorsd("image", 2)
     assert grows(in_plane)  # small ones lie in memory
     monkeypatch.setattr(memory, "IN_MEMORY", 1000)

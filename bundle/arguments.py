@@ -6,11 +6,10 @@ import difflib
 import glob
 import inspect
 import json
-import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,20 @@ from .errors import InputError
 
 __all__ = ["as_typed", "check_options", "check_output_dir", "check_processes", "device", "paths", "share"]
 
-# the smallest value of options that are whole numbers
-WHOLE = {
-    **dict.fromkeys(("patch_size", "batch_size", "max_epochs", "val_interval", "patches_per_volume", "slices_per_volume"), 1),
-    **dict.fromkeys(("patches_per_slice", "evaluated_slices"), 1),
-    **dict.fromkeys(("warmup_iterations", "seed", "num_workers"), 0),
-}
-# the smallest and the largest value of options that are numbers
-NUMBERS = {
-    **dict.fromkeys(("weight_decay", "tv_weight", "largest_noise", "slice_gap"), (0.0, math.inf)),
-    **dict.fromkeys(("usual_fraction", "thick_fraction", "average_decay"), (0.0, 1.0)),
-    **dict.fromkeys(("learning_rate", "largest_gradient"), (math.ulp(0.0), math.inf)),
-}
-# the smallest value in options that are lists of numbers
-LISTS = {"evaluated_factors": 1.0, "evaluated_thicknesses": 0.1, "thicknesses": 0.1, "lr_milestones": 1.0}
-# options that must be typed as Python has them, and those that may be typed in any case
-PYTHON_SWITCHES = ("positions", "facts", "distributed")
-SWITCHES = ("load_weights", "tell_noise")
+# names of options, what their values must be, and a test of the value that Fire reads
+VALUES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (("patch_size", "batch_size", "max_epochs", "val_interval"), "a whole number from 1", lambda value: _is_whole(value, 1)),
+    (("patches_per_volume", "slices_per_volume", "patches_per_slice"), "a whole number from 1", lambda value: _is_whole(value, 1)),
+    (("evaluated_slices",), "a whole number from 1", lambda value: _is_whole(value, 1)),
+    (("warmup_iterations", "seed", "num_workers"), "a whole number from 0", lambda value: _is_whole(value, 0)),
+    (("learning_rate", "largest_gradient"), "a number above 0", lambda value: _is_number(value) and value > 0),
+    (("weight_decay", "tv_weight", "largest_noise", "slice_gap"), "a number from 0", lambda value: _is_number(value) and value >= 0),
+    (("usual_fraction", "thick_fraction", "average_decay"), "a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1),
+    (("evaluated_factors", "lr_milestones"), "a list of numbers from 1", lambda value: _are_numbers(value, 1)),
+    (("evaluated_thicknesses", "thicknesses"), "a list of numbers from 0.1", lambda value: _are_numbers(value, 0.1)),
+    (("load_weights", "tell_noise"), "true or false", lambda value: str(value).lower() in ("true", "false")),
+    (("positions", "facts", "distributed"), "True or False", lambda value: type(value) is bool),
+)
 
 
 def as_typed(name: str) -> list[str]:
@@ -111,30 +107,28 @@ def check_options() -> None:
         if word.startswith("--") and name not in known and not name.startswith("_"):
             near = difflib.get_close_matches(name, known, 3)
             raise InputError(f"there is no option --{name}" + (f"; similar: {', '.join(f'--{n}' for n in near)}" if near else ""))
-    for name in (*WHOLE, *NUMBERS, *LISTS, *SWITCHES, *PYTHON_SWITCHES):
-        typed = as_typed(name)
-        if typed:
-            _check_value(name, typed[0])
+    for names, what, fits in VALUES:
+        for name in names:
+            _check_value(name, what, fits)
 
 
-def _check_value(name: str, word: str) -> None:
-    value = DefaultParseValue(word)
-    if name in WHOLE:
-        fits, what = type(value) is int and value >= WHOLE[name], f"a whole number from {WHOLE[name]}"
-    elif name in NUMBERS:
-        low, high = NUMBERS[name]
-        fits, what = type(value) in (int, float) and low <= value <= high, "a number above 0" if 0 < low < 1e-300 else "a number from 0"
-        what += f" to {high:g}" if high < math.inf else ""
-    elif name in LISTS:
-        low = LISTS[name]
-        fits = isinstance(value, (list, tuple)) and all(type(v) in (int, float) and v >= low for v in value)
-        what = f"a list of numbers from {low:g}"
-    elif name in SWITCHES:
-        fits, what = word.lower() in ("true", "false"), "true or false"
-    else:
-        fits, what = word in ("True", "False"), "True or False"
-    if not fits and value is not None and not str(value).startswith(("@", "$", "%")):
-        raise InputError(f"{name} must be {what}, got {word!r}")
+def _check_value(name: str, what: str, fits: Callable[[Any], bool]) -> None:
+    typed = as_typed(name)
+    value = DefaultParseValue(typed[0]) if typed else None
+    if value is not None and not fits(value) and not str(value).startswith(("@", "$", "%")):
+        raise InputError(f"{name} must be {what}, got {typed[0]!r}")
+
+
+def _is_whole(value: Any, smallest: int) -> bool:
+    return type(value) is int and value >= smallest
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _are_numbers(values: Any, smallest: float) -> bool:
+    return isinstance(values, (list, tuple)) and all(_is_number(value) and value >= smallest for value in values)
 
 
 def check_output_dir(value: Any) -> None:

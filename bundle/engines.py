@@ -100,14 +100,7 @@ class VolumeInference(SupervisedEvaluator):
             except OSError as e:
                 logger.warning("%s: index.html cannot be written (%s)", self.results.output_dir, e.strerror)
         if self.failures:
-            where = f"listed in {list_of_failures}"
-            if list_of_failures.exists():
-                where = f"listed in the log, because {list_of_failures} is not of this program"
-            else:
-                try:
-                    write_atomically(list_of_failures, self._write_failures)
-                except OSError as e:  # the log lists all failures
-                    where = f"{list_of_failures} cannot be written ({e.strerror})"
+            where = self._write_failures(list_of_failures)
             raise InputError(f"{len(self.failures)} of {total} volumes failed, {where}; {self.failures[0][1]}")
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: list[dict]) -> dict:  # type: ignore[override]
@@ -148,9 +141,20 @@ class VolumeInference(SupervisedEvaluator):
         with torch.no_grad():
             return self.inferer(image[None].to(device), self.network)[0]
 
-    def _write_failures(self, path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
-            csv.writer(stream).writerows([COLUMNS, *self.failures])
+    def _write_failures(self, path: Path) -> str:
+        """Write the list of failures; returns where they are listed."""
+
+        def write(part: Path) -> None:
+            with part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
+                csv.writer(stream).writerows([COLUMNS, *self.failures])
+
+        if path.exists():
+            return f"listed in the log, because {path} is not of this program"
+        try:
+            write_atomically(path, write)
+        except OSError as e:  # the log lists all failures
+            return f"{path} cannot be written ({e.strerror})"
+        return f"listed in {path}"
 
 
 def _is_own(list_of_failures: Path) -> bool:

@@ -15,6 +15,7 @@ from monai.transforms import InvertibleTransform, MapTransform, Orientationd
 from torch import Tensor
 
 from .errors import InputError, PassedOver
+from .headers import by
 from .memory import empty_volume
 from .resampling import Factor, check_factor, downsample, enlarge, interpolate_slices, refined_size
 from .transforms import add_remarks, name_of
@@ -98,8 +99,7 @@ class IsotropicFactorsd(MapTransform):
         for key in self.keys:
             smallest, largest = float(min(d[key].pixdim)), float(max(d[key].pixdim))
             if self.spacing is None and largest < ISOTROPIC * smallest:
-                sides = " x ".join(f"{float(side):.4g}" for side in d[key].pixdim)
-                raise PassedOver(f"{name_of(d[key])}: voxels of {sides} mm are isotropic already")
+                raise PassedOver(f"{name_of(d[key])}: voxels of {by(d[key].pixdim)} mm are isotropic already")
             d[key].meta["factor"] = list(_factors_to(d[key], [self.spacing or smallest] * 3))
             own, distance = self.slice_thickness, float(d[key].pixdim[2])
             width = own / distance if own else slice_width(d[key])
@@ -227,7 +227,7 @@ def _factors_to(image: MetaTensor, target: Sequence[float]) -> tuple[float, ...]
     sizes = [float(side) for side, _ in zip(image.pixdim, target)]
     factors = [round(size / side, 6) for size, side in zip(sizes, target)]  # the affine may be in single precision
     if max(factors) < 1 - 1e-3:
-        asked, present = (" x ".join(f"{side:.4g}" for side in sides) for sides in (target, sizes))
+        asked, present = (by(sides) for sides in (target, sizes))
         raise InputError(f"{name_of(image)}: spacing {asked} mm asked for, but voxels are {present} mm already")
     return tuple(f if f > 1 + 1e-3 else 1.0 for f in factors)
 

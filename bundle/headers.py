@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ __all__ = [
     "RESULT_MARK",
     "Header",
     "bids_root",
+    "by",
     "companions",
     "file_format",
     "image_of",
@@ -204,10 +205,15 @@ def in_mm(affine: np.ndarray, unit: str) -> tuple[np.ndarray, str]:
         return affine, ""
     sides = nib.affines.voxel_sizes(affine)
     possible = [plausible(affine * f) for f in (factor, 1)]
-    text = " x ".join(f"{s:.4g}" for s in sides)
+    text = by(sides)
     if possible == [False, True]:
         return affine, f"the header gives voxels of {text} {unit}, which is impossible: taken for mm"
     return np.diag([factor, factor, factor, 1]) @ affine, f"lengths are in {unit} ({text}): converted to mm"
+
+
+def by(sides: Iterable[float]) -> str:
+    """Sizes of voxels as a text: ``"0.5 x 0.5 x 3"``."""
+    return " x ".join(f"{float(side):.4g}" for side in sides)
 
 
 def plausible(affine: np.ndarray) -> bool:

@@ -20,6 +20,7 @@ from .dicom import is_dicom_volume
 from .dicom_volume import load_series
 from .errors import InputError
 from .headers import (
+    by,
     file_format,
     in_mm,
     is_gzip,
@@ -86,8 +87,9 @@ class LoadVolumed(MapTransform):
         sides = " x ".join(str(n) for n in image.shape[1:])
         if image.ndim != 4 or image.shape[0] != 1:
             raise InputError(f"{path}: one grey-scale volume expected, got {image.shape[0]} channel(s) of {sides} voxels")
-        if surface_data(image.shape[1:]):
-            raise InputError(f"{path}: {surface_data(image.shape[1:])}, no volume")
+        surface = surface_data(image.shape[1:])
+        if surface:
+            raise InputError(f"{path}: {surface}, no volume")
         image, remark = _without_nan(image, path)
         remarks.append(remark)
         image, remark = _without_padding(image)
@@ -98,7 +100,7 @@ class LoadVolumed(MapTransform):
         if _is_singular(affine):
             raise InputError(f"{path}: the affine is singular: {image.affine[:3, :3].tolist()}")
         if not plausible(affine):
-            size = _by(nib.affines.voxel_sizes(affine))
+            size = by(nib.affines.voxel_sizes(affine))
             remarks.append(f"voxels of {size} mm are hardly those of an MRI scan: the unit of length may be wrong")
         kind = values_look_like(image[0].numpy()[..., max(image.shape[3] // 2 - 1, 0) :][..., :3], path)
         remarks.append(f"looks like {kind}, not like a scan: the result may mean nothing" if kind else "")
@@ -179,10 +181,6 @@ def _is_singular(affine: np.ndarray) -> bool:
     return not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 1e-6 * volume
 
 
-def _by(sides: Any) -> str:
-    return " x ".join(f"{s:.4g}" for s in sides)
-
-
 def _restore_codes(image: nib.Nifti1Pair) -> list[str]:
     """Set the codes of usable forms again that nibabel clears because NIfTI does not define them; returns remarks.
 
@@ -233,7 +231,7 @@ def _follow_header(image: MetaTensor, header: nib.Nifti1Pair) -> list[str]:
     spacing, zooms = nib.affines.voxel_sizes(affine)[: image.ndim - 1], np.asarray(header.header.get_zooms()[:3], dtype=np.float64)
     zooms = in_mm(np.diag([*zooms, 1.0]), unit)[0].diagonal()[:3] if len(zooms) == 3 else zooms
     if len(zooms) == len(spacing) and not np.allclose(spacing, zooms, rtol=1e-2):
-        remarks.append(f"pixdim says {_by(zooms)} mm, the affine {_by(spacing)} mm: the affine is used")
+        remarks.append(f"pixdim says {by(zooms)} mm, the affine {by(spacing)} mm: the affine is used")
     image.meta["codes"] = [sform_code or qform_code or ALIGNED, qform_code or sform_code or ALIGNED]
     image.meta["unit"] = "mm"
     return remarks
@@ -265,7 +263,7 @@ def _follow_sidecar(image: MetaTensor, facts: Mapping[str, Any]) -> str:
     distance = known.get("SpacingBetweenSlices")
     sides = [float(s) for s in image.pixdim]
     if distance and not np.isclose(sides, distance, rtol=0.02).any():
-        return f"the sidecar says that slices are {distance:g} mm apart, the header that voxels are {_by(sides)} mm: the header is used"
+        return f"the sidecar says that slices are {distance:g} mm apart, the header that voxels are {by(sides)} mm: the header is used"
     return ""
 
 

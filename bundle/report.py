@@ -164,7 +164,7 @@ def html_index(title: str, entries: Iterable[Entry], failures: Iterable[tuple[st
         summary=f"{len(entries)} done, {warned} of them with warnings; {len(failures)} failed; {len(passed_over)} skipped",
         failed=f'<h2>Failed</h2>\n<ul class="failed">{failed}\n</ul>' if failures else "",
         cards=f'<h2>Results</h2>\n<ul class="cards">{cards}\n</ul>' if entries else "",
-        passed=f"<h2>Passed over</h2>\n<ul>{passed}\n</ul>" if passed_over else "",
+        passed=f"<h2>Skipped</h2>\n<ul>{passed}\n</ul>" if passed_over else "",
     )
 
 

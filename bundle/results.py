@@ -32,7 +32,7 @@ from .errors import switch
 from .figures import PICTURE_MARK, Panel, save_panels
 from .files import fingerprint, save_nifti, sha256, write_atomically, write_json, write_text
 from .grid import acquired_fractions, acquired_samples, oriented
-from .headers import RESULT_MARK, bids_root, file_format, sidecar, start_of, strip_extension
+from .headers import RESULT_MARK, bids_root, by, file_format, sidecar, start_of, strip_extension
 from .ranges import compare, describe, read_ranges
 from .report import INDEX_MARK, PAGE_MARK, Entry, Layer, Row, html_index, html_report
 from .transforms import name_of
@@ -146,10 +146,12 @@ class Results:
             return not start or RESULT_MARK.encode() in start
         if ending == "_sr.html":
             return PAGE_MARK.encode() in start_of(path, 2048)
+        if ending == "_sr.png" and PICTURE_MARK.encode() in start_of(path, 2048):
+            return True
         content = self._content(volume)
-        if ending == "_sr.png":  # those of earlier versions have no mark
-            return PICTURE_MARK.encode() in start_of(path, 2048) or bool(content and "settings" in content)
-        return content is None or "settings" in content
+        if content is None:
+            return ending != "_sr.png"
+        return "settings" in content  # a picture of an earlier version has no mark, but a report
 
     def _content(self, volume: str | Path) -> dict[str, Any] | None:
         """Content of the report of a volume; ``None`` if there is none that can be read."""
@@ -219,10 +221,11 @@ class Results:
             passed_over: one line for each file that was skipped.
         """
         index = self.output_dir / "index.html"
-        own = index.exists() and INDEX_MARK in index.read_text(encoding="utf-8", errors="replace")
-        if self.report and index.exists() and not own:
-            logger.warning("%s is not of this program: no index was written", index)
-        if not (own or (self.report and not index.exists())):
+        if not self.report and not index.exists():
+            return
+        if index.exists() and INDEX_MARK not in index.read_text(encoding="utf-8", errors="replace"):
+            if self.report:
+                logger.warning("%s is not of this program: no index was written", index)
             return
         failed, entries = dict(failures), []
         for volume in self.volumes:
@@ -500,7 +503,7 @@ class SaveHtmlReportd(MapTransform):
         report = data["report"]
         axes = [nib.aff2axcodes(image.affine.numpy()).index(code) for code in "RAS"]
         sides = [" x ".join(str(data[key].shape[1 + axis]) for axis in axes) for key in (self.input_key, self.keys[1])]
-        spacing = [" x ".join(f"{float(v[axis]):.4g}" for axis in axes) for v in (report["input_spacing"], image.pixdim)]
+        spacing = [by(v[axis] for axis in axes) for v in (report["input_spacing"], image.pixdim)]
         rows = [
             Row("Voxels, left-right x posterior-anterior x inferior-superior", *sides),
             Row("Spacing, mm", *spacing),
@@ -584,7 +587,7 @@ def _zero_filled(image: MetaTensor, fractions: Sequence[float]) -> list[str]:
     filled = [axis for axis, fraction in enumerate(fractions) if fraction < FILLED]
     if not filled:
         return []
-    voxels, acquired = (" x ".join(f"{float(image.pixdim[a]) / (f[a] if f else 1):.4g}" for a in filled) for f in (None, fractions))
+    voxels, acquired = (by(float(image.pixdim[a]) / (f[a] if f else 1) for a in filled) for f in (None, fractions))
     names = " and ".join("xyz"[axis] for axis in filled)
     return [f"voxels of {voxels} mm along {names} hold detail of {acquired} mm only: the scanner filled k-space with zeros"]
 
